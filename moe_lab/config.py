@@ -1,0 +1,200 @@
+"""What a layer is made of: two frozen, validated values and the presets people compare against."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+ScoreFunc = Literal["softmax", "sigmoid", "sqrt_softplus"]
+GroupScore = Literal["top2", "max", "topk_share"]
+GateDtype = Literal["float32", "input"]
+ForcedBalance = Literal["round_robin", "random"]
+Backend = Literal["loop", "grouped"]
+CombineArm = Literal["gather", "scatter_add"]
+
+
+def check_choice(name: str, value: object, allowed: Collection[object]) -> None:
+    """Raise `ValueError` naming the field, its value and what is allowed."""
+    if value not in allowed:
+        raise ValueError(f"{name}={value!r} is not known: choose one of {', '.join(map(repr, allowed))}")
+
+
+def check_int(name: str, value: object, low: int, high: int | None = None) -> None:
+    """Raise `ValueError` unless `value` is an int (not a bool) in [low, high]."""
+    bounds = f"an integer >= {low}" if high is None else f"an integer from {low} to {high}"
+    valid = isinstance(value, int) and not isinstance(value, bool) and value >= low
+    if not valid or (high is not None and value > high):  # type: ignore[operator]
+        raise ValueError(f"{name}={value!r} must be {bounds}")
+
+
+def check_bool(name: str, value: object) -> None:
+    """Raise `ValueError` unless `value` is True or False (a string "false" would count as true)."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name}={value!r} must be True or False")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterConfig:
+    """How logits become a choice of experts and their gates.
+
+    `score_func`: softmax and sigmoid as usual; sqrt_softplus is sqrt(log(1 + e^x)).
+    `route_norm`: divide the K gates of a token by their sum + 1e-20. Softmax over the chosen logits
+        (gpt-oss) is softmax with `route_norm`.
+    `route_scale`: multiplies the gates last (DeepSeek-V3: 2.5).
+    `num_expert_groups`, `num_limited_groups`, `group_score`: group-limited routing. Only experts of the best
+        `num_limited_groups` groups can be chosen. A group scores the sum of its best two experts (`top2`,
+        DeepSeek-V3), its best expert (`max`, DeepSeek-V2), or the sum of its best K // limited (`topk_share`,
+        Megatron-Core).
+    `gate_dtype`: the dtype in which logits are computed, float32 (torchtitan, DeepSeek) or that of the
+        input (transformers' Mixtral, OLMoE, Qwen, gpt-oss). Scores are float32 either way.
+    `gate_bias`: a learned bias in the logits (gpt-oss); not the balancing bias, which moves the choice only.
+    `force_load_balance`: ignore the scores when choosing; assignment i goes to expert i mod E
+        (`round_robin`), or experts come from random logits (`random`). Gates stay the real scores.
+    """
+
+    score_func: ScoreFunc = "softmax"
+    route_norm: bool = False
+    route_scale: float = 1.0
+    num_expert_groups: int | None = None
+    num_limited_groups: int | None = None
+    group_score: GroupScore = "top2"
+    gate_dtype: GateDtype = "float32"
+    gate_bias: bool = False
+    force_load_balance: ForcedBalance | None = None
+
+    def __post_init__(self) -> None:
+        check_choice("score_func", self.score_func, get_args(ScoreFunc))
+        check_choice("group_score", self.group_score, get_args(GroupScore))
+        check_choice("gate_dtype", self.gate_dtype, get_args(GateDtype))
+        check_choice("force_load_balance", self.force_load_balance, (None, *get_args(ForcedBalance)))
+        check_bool("route_norm", self.route_norm)
+        check_bool("gate_bias", self.gate_bias)
+        if not (isinstance(self.route_scale, (int, float)) and math.isfinite(self.route_scale)):
+            raise ValueError(f"route_scale={self.route_scale!r} must be a finite number")
+        if (self.num_expert_groups is None) != (self.num_limited_groups is None):
+            raise ValueError(
+                f"num_expert_groups={self.num_expert_groups} and num_limited_groups={self.num_limited_groups} "
+                "must be given together, or neither"
+            )
+        if self.num_expert_groups is not None:
+            check_int("num_expert_groups", self.num_expert_groups, 1)
+            check_int("num_limited_groups", self.num_limited_groups, 1, self.num_expert_groups)
+
+    def check(self, num_experts: int, top_k: int) -> None:
+        """Raise `ValueError` unless these settings can choose `top_k` of `num_experts` experts."""
+        check_int("num_experts", num_experts, 1)
+        check_int("top_k", top_k, 1, num_experts)
+        if self.num_expert_groups is None or self.num_limited_groups is None:
+            return
+        groups, limited = self.num_expert_groups, self.num_limited_groups
+        if num_experts % groups:
+            divisors = [d for d in range(1, num_experts + 1) if num_experts % d == 0]
+            raise ValueError(
+                f"num_expert_groups={groups} does not divide num_experts={num_experts}: "
+                f"choose one of {', '.join(map(str, divisors))}"
+            )
+        per_group = num_experts // groups
+        if top_k > limited * per_group:
+            raise ValueError(
+                f"top_k={top_k} cannot be chosen from num_limited_groups={limited} groups of {per_group} "
+                f"experts: at most {limited * per_group}"
+            )
+        if self.group_score == "top2" and per_group < 2:
+            raise ValueError(
+                f"group_score='top2' needs two experts a group, but {num_experts} experts in {groups} groups "
+                f"leave {per_group}: use fewer groups, or group_score='max'"
+            )
+        if self.group_score == "topk_share" and top_k // limited < 1:
+            raise ValueError(
+                f"group_score='topk_share' sums the best top_k // num_limited_groups = {top_k} // {limited} = 0 "
+                f"experts: choose num_limited_groups <= {top_k}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoEConfig:
+    """One Mixture-of-Experts layer.
+
+    `dim` D and `hidden_dim` F are the widths of the model and of one expert (SwiGLU); `num_experts` E routed
+    experts of which each token uses `top_k` K; `num_shared_experts` n experts that every token uses, held as
+    one SwiGLU of width n*F.
+    `score_before_experts`: multiply rows by their gate before the experts instead of at the combine.
+    `backend`: how expert products are computed; `combine`: how expert outputs return to their tokens.
+    `load_balance_coeff`: step of the auxiliary-loss-free balancing bias; None leaves the bias at zero.
+    """
+
+    dim: int
+    hidden_dim: int
+    num_experts: int
+    top_k: int
+    num_shared_experts: int = 0
+    router: RouterConfig = field(default_factory=RouterConfig)
+    score_before_experts: bool = False
+    backend: Backend = "loop"
+    combine: CombineArm = "gather"
+    load_balance_coeff: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("dim", "hidden_dim"):
+            check_int(name, getattr(self, name), 1)
+        check_int("num_shared_experts", self.num_shared_experts, 0)
+        check_choice("backend", self.backend, get_args(Backend))
+        check_choice("combine", self.combine, get_args(CombineArm))
+        check_bool("score_before_experts", self.score_before_experts)
+        if not isinstance(self.router, RouterConfig):
+            raise ValueError(f"router={self.router!r} must be a RouterConfig")
+        self.router.check(self.num_experts, self.top_k)
+        coeff = self.load_balance_coeff
+        if coeff is not None and not (isinstance(coeff, (int, float)) and 0 < coeff < math.inf):
+            raise ValueError(f"load_balance_coeff={coeff!r} must be a positive number, or None for no balancing")
+
+    def replace(self, **changes: Any) -> MoEConfig:
+        """A copy with some fields changed, validated again."""
+        return dataclasses.replace(self, **changes)
+
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> MoEConfig:
+        """The layer of a published model, by name (see `PRESETS`), with `changes` applied."""
+        check_choice("preset", name, PRESETS)
+        return dataclasses.replace(PRESETS[name], **changes)
+
+
+def _preset(dim: int, hidden_dim: int, num_experts: int, top_k: int, shared: int = 0, **kwargs: Any) -> MoEConfig:
+    layer = {key: kwargs.pop(key) for key in ("score_before_experts", "load_balance_coeff") if key in kwargs}
+    return MoEConfig(
+        dim=dim,
+        hidden_dim=hidden_dim,
+        num_experts=num_experts,
+        top_k=top_k,
+        num_shared_experts=shared,
+        router=RouterConfig(**kwargs),
+        **layer,
+    )
+
+
+# Widths and counts from each model's published config.json; 10B_2B is a torchtitan fork's benchmark layer.
+PRESETS: dict[str, MoEConfig] = {
+    "10B_2B": _preset(2048, 1408, 36, 3, shared=2),
+    "mixtral_8x7b": _preset(4096, 14336, 8, 2, route_norm=True, gate_dtype="input"),
+    "olmoe_1b_7b": _preset(2048, 1024, 64, 8, gate_dtype="input"),
+    "qwen3_30b_a3b": _preset(2048, 768, 128, 8, route_norm=True, gate_dtype="input"),
+    "deepseek_v3": _preset(
+        7168,
+        2048,
+        256,
+        8,
+        shared=1,
+        score_func="sigmoid",
+        route_norm=True,
+        route_scale=2.5,
+        num_expert_groups=8,
+        num_limited_groups=4,
+        load_balance_coeff=1e-3,
+    ),
+    "llama4_scout": _preset(
+        5120, 8192, 16, 1, shared=1, score_func="sigmoid", gate_dtype="input", score_before_experts=True
+    ),
+}

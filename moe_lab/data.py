@@ -1,0 +1,46 @@
+"""What ships with the lab: recorded traces and a small trained model, with their provenance in `data/README.md`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from moe_lab.models.lm import MoELM
+    from moe_lab.study.trace import RoutingTrace
+
+_PACKAGE = Path(__file__).resolve().parent
+
+
+def root() -> Path:
+    """The folder of shipped data: `data/` of a checkout, or the copy inside an installed package."""
+    for folder in (_PACKAGE.parent / "data", _PACKAGE / "_data"):
+        if (folder / "README.md").is_file():
+            return folder
+    raise FileNotFoundError(f"no data folder beside or inside {_PACKAGE}: install from a checkout or a full wheel")
+
+
+def names() -> tuple[str, ...]:
+    """Names of the shipped traces, for `open`."""
+    return tuple(sorted(path.stem for path in (root() / "traces").glob("*.safetensors")))
+
+
+def path(name: str) -> Path:
+    """The file of a shipped trace. `ValueError` names the known ones."""
+    if name not in names():
+        raise ValueError(f"trace {name!r} is not shipped: choose one of {', '.join(names())}, or load your own file")
+    return root() / "traces" / f"{name}.safetensors"
+
+
+def open(name: str) -> RoutingTrace:
+    """A shipped trace by name, such as `open("balanced")`."""
+    from moe_lab.study.trace import RoutingTrace
+
+    return RoutingTrace.load(path(name))
+
+
+def load_lm() -> MoELM:
+    """The shipped language model, float32, in eval mode, on CPU."""
+    from moe_lab.models.lm import MoELM
+
+    return MoELM.load(root() / "lm")

@@ -1,0 +1,111 @@
+"""The record of decisions: which path ran, how often, and why. Off and free by default.
+
+    with fastpaths.record() as r:
+        moe(x)
+    print(r)
+
+A decision is noted where it is taken, by name, with a reason made of numbers. Notes are dropped at once while
+nobody records and while a graph is being compiled, so that the record never changes what runs.
+`MOE_LAB_FASTPATHS=1` records the whole process and prints on exit, `rank0` only on rank 0.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+
+NAMES = (
+    "force_load_balance_dispatch",
+    "host_sync",
+    "scatter_add_autograd_or_alias",
+    "score_after_experts",
+    "score_after_experts_bf16",
+    "score_before_experts",
+)
+
+
+@dataclass
+class Entry:
+    """One decision: how often it was taken, and the reasons given with their counts."""
+
+    count: int = 0
+    reasons: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass
+class Record:
+    """Decisions by name, in the order first taken. `str(record)` is a table."""
+
+    entries: dict[str, Entry] = field(default_factory=dict)
+
+    def note(self, name: str, reason: str) -> None:
+        entry = self.entries.setdefault(name, Entry())
+        entry.count += 1
+        entry.reasons[reason] = entry.reasons.get(reason, 0) + 1
+
+    def count(self, name: str) -> int:
+        """How often `name` was decided, 0 if never. `ValueError` for a name nothing ever notes."""
+        if name not in NAMES:
+            raise ValueError(f"fast path {name!r} is not known: choose one of {', '.join(NAMES)}")
+        return self.entries[name].count if name in self.entries else 0
+
+    def __str__(self) -> str:
+        if not self.entries:
+            return "no decisions recorded"
+        rows = [
+            (name if i == 0 else "", count, reason)
+            for name, entry in self.entries.items()
+            for i, (reason, count) in enumerate(entry.reasons.items())
+        ]
+        width = max(len(name) for name in self.entries)
+        return "\n".join(f"{name:<{width}}  {count:>6}  {reason}" for name, count, reason in rows)
+
+
+_recorders: list[Record] = []
+
+
+def note(name: str, reason: str | Callable[[], str]) -> None:
+    """Count decision `name` with its reason, on every active record.
+
+    Pass the reason as a function when forming it costs anything: it is called only while recording.
+    """
+    if not _recorders or torch.compiler.is_compiling():
+        return
+    if name not in NAMES:
+        raise ValueError(f"fast path {name!r} is not known: choose one of {', '.join(NAMES)}")
+    text = reason() if callable(reason) else reason
+    for recorder in _recorders:
+        recorder.note(name, text)
+
+
+@contextmanager
+def record() -> Iterator[Record]:
+    """Record the decisions taken inside the block, in every thread (autograd's included)."""
+    recorder = Record()
+    _recorders.append(recorder)
+    try:
+        yield recorder
+    finally:
+        # By identity: two records that hold the same decisions are equal.
+        del _recorders[next(i for i, r in enumerate(_recorders) if r is recorder)]
+
+
+def _record_process() -> None:
+    wish = os.environ.get("MOE_LAB_FASTPATHS", "")
+    if wish in ("", "0"):
+        return
+    if wish not in ("1", "rank0", "all"):
+        raise ValueError(f"MOE_LAB_FASTPATHS={wish!r} is not known: choose 0, 1, rank0 or all")
+    rank = os.environ.get("RANK", "0")
+    if wish == "all" or rank == "0":
+        recorder = Record()
+        _recorders.append(recorder)
+        atexit.register(lambda: print(f"moe_lab fast paths, rank {rank}\n{recorder}"))
+
+
+_record_process()

@@ -1,0 +1,1 @@
+"""The thing under study: router -> plan -> dispatch -> experts -> combine."""

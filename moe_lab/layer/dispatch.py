@@ -1,0 +1,49 @@
+"""Executing a plan: rows out to the experts, and their outputs back to the tokens."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from moe_lab import fastpaths
+from moe_lab.kernels.rows import gather_rows
+from moe_lab.layer.combine import COMBINE_ARMS
+from moe_lab.layer.plan import DispatchPlan, plan_local
+from moe_lab.layer.router import Routing
+
+
+class LocalTokenDispatcher:
+    """Dispatch and combine where all experts are on this rank.
+
+    `combine` names the arm (see `moe_lab.layer.combine`). With `score_before_experts` rows are multiplied by
+    their gate before the experts, in float32, and combined unweighted.
+    """
+
+    def __init__(self, num_experts: int, *, combine: str = "gather", score_before_experts: bool = False) -> None:
+        self.num_experts = num_experts
+        self.combine_arm = COMBINE_ARMS[combine]
+        self.score_before_experts = score_before_experts
+
+    def dispatch(
+        self, x_TD: Float[Tensor, "T D"], routing: Routing
+    ) -> tuple[Float[Tensor, "R D"], DispatchPlan]:
+        """One row an assignment, expert by expert, and the plan that says which is which."""
+        plan = plan_local(routing.expert_ids_TK, self.num_experts, counts_E=routing.counts_E)
+        rows_RD = gather_rows(x_TD, plan.order_R, plan.position_TK)
+        if self.score_before_experts:
+            fastpaths.note("score_before_experts", "rows multiplied in float32, rounded once")
+            # The gates as (N, 1) rows of one assignment each: permuted by the same op, deterministic backward too.
+            gate_R1 = gather_rows(routing.gates_TK.reshape(-1, 1), plan.order_R, plan.position_TK.view(-1, 1))
+            rows_RD = (rows_RD.to(gate_R1.dtype) * gate_R1).to(x_TD.dtype)
+        return rows_RD, plan
+
+    def combine(
+        self, rows_RD: Float[Tensor, "R D"], routing: Routing, plan: DispatchPlan
+    ) -> Float[Tensor, "T D"]:
+        """Expert outputs summed into their tokens, under the gates unless these were applied before."""
+        if self.score_before_experts:
+            return self.combine_arm(rows_RD, None, plan)
+        name = "score_after_experts_bf16" if rows_RD.dtype == torch.bfloat16 else "score_after_experts"
+        fastpaths.note(name, "weighted in float32 at the combine")
+        return self.combine_arm(rows_RD, routing.gates_TK, plan)

@@ -1,0 +1,79 @@
+"""The layer: router -> plan -> dispatch -> experts -> combine, beside the shared experts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from moe_lab.config import MoEConfig
+from moe_lab.layer.balance import bias_delta
+from moe_lab.layer.dispatch import LocalTokenDispatcher
+from moe_lab.layer.experts import GroupedExperts, SharedExperts
+from moe_lab.layer.router import TokenChoiceTopKRouter
+
+
+class MoE(nn.Module):
+    """A Mixture-of-Experts feed-forward layer.
+
+    `expert_bias_E` moves the choice of experts towards balance; `tokens_per_expert_E` holds the assignments
+    counted in training since the last `update_expert_bias`.
+    """
+
+    expert_bias_E: Tensor
+    tokens_per_expert_E: Tensor
+
+    def __init__(self, config: MoEConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.router = TokenChoiceTopKRouter(config.dim, config.num_experts, config.top_k, config.router)
+        self.dispatcher = LocalTokenDispatcher(
+            config.num_experts, combine=config.combine, score_before_experts=config.score_before_experts
+        )
+        self.experts = GroupedExperts(
+            config.dim, config.hidden_dim, config.num_experts, backend=config.backend
+        )
+        self.shared_experts = (
+            SharedExperts(config.dim, config.hidden_dim, config.num_shared_experts)
+            if config.num_shared_experts
+            else None
+        )
+        self.register_buffer("expert_bias_E", torch.zeros(config.num_experts))
+        self.register_buffer(
+            "tokens_per_expert_E", torch.zeros(config.num_experts, dtype=torch.int64), persistent=False
+        )
+
+    def forward(self, x: Float[Tensor, "*tokens D"]) -> Float[Tensor, "*tokens D"]:
+        """(T, D) or (B, L, D) -> the same shape. `ValueError` for any other, naming it."""
+        if x.dim() not in (2, 3) or x.shape[-1] != self.config.dim or not x.is_floating_point():
+            raise ValueError(
+                f"x is {tuple(x.shape)} {x.dtype}: must be floating point (T, {self.config.dim}) "
+                f"or (B, L, {self.config.dim})"
+            )
+        x_TD = x.reshape(-1, self.config.dim)
+        routing = self.router(x_TD, self.expert_bias_E)
+        rows_RD, plan = self.dispatcher.dispatch(x_TD, routing)
+        rows_RD = self.experts(rows_RD, plan.ends_E)
+        out_TD = self.dispatcher.combine(rows_RD, routing, plan)
+        if self.shared_experts is not None:
+            out_TD = out_TD + self.shared_experts(x_TD)
+        if self.training and torch.is_grad_enabled():
+            self.tokens_per_expert_E += plan.counts_E
+        return out_TD.view(x.shape)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MoE:
+        # The bias moves by steps far below a bfloat16 ulp: `.bfloat16()` must not round it.
+        bias_E = self.expert_bias_E
+        super()._apply(fn, recurse)
+        if self.expert_bias_E.dtype != bias_E.dtype and not bias_E.is_meta:
+            self.expert_bias_E = bias_E.to(self.expert_bias_E.device)
+        return self
+
+    @torch.no_grad()
+    def update_expert_bias(self) -> None:
+        """One balancing step from the counts since the last, which are cleared. Once an optimizer step."""
+        if self.config.load_balance_coeff:
+            self.expert_bias_E += bias_delta(self.tokens_per_expert_E, self.config.load_balance_coeff)
+        self.tokens_per_expert_E.zero_()
