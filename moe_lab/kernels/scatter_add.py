@@ -45,9 +45,7 @@ def _check(out: Tensor, index: Tensor, src: Tensor) -> None:
             "of one dtype"
         )
     if index.shape not in (src.shape, src.shape[:1]):
-        raise ValueError(
-            f"index {tuple(index.shape)} must be (R,) or (R, D) for src {tuple(src.shape)}"
-        )
+        raise ValueError(f"index {tuple(index.shape)} must be (R,) or (R, D) for src {tuple(src.shape)}")
 
 
 def _as_2d(index: Tensor, src: Tensor) -> Tensor:

@@ -7,9 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 
-def bias_delta(
-    counts_E: Int[Tensor, " E"], coeff: float, *, centred: bool = True
-) -> Float[Tensor, " E"]:
+def bias_delta(counts_E: Int[Tensor, " E"], coeff: float, *, centred: bool = True) -> Float[Tensor, " E"]:
     """Step of the balancing bias: coeff * sign(mean - count), float32.
 
     Loss-free balancing (Wang et al., arXiv:2408.15664, algorithm 1). `centred` subtracts the mean step, so that

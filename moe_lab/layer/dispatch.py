@@ -25,9 +25,7 @@ class LocalTokenDispatcher:
         self.combine_arm = COMBINE_ARMS[combine]
         self.score_before_experts = score_before_experts
 
-    def dispatch(
-        self, x_TD: Float[Tensor, "T D"], routing: Routing
-    ) -> tuple[Float[Tensor, "R D"], DispatchPlan]:
+    def dispatch(self, x_TD: Float[Tensor, "T D"], routing: Routing) -> tuple[Float[Tensor, "R D"], DispatchPlan]:
         """One row an assignment, expert by expert, and the plan that says which is which."""
         plan = plan_local(routing.expert_ids_TK, self.num_experts, counts_E=routing.counts_E)
         rows_RD = gather_rows(x_TD, plan.order_R, plan.position_TK)
@@ -38,9 +36,7 @@ class LocalTokenDispatcher:
             rows_RD = (rows_RD.to(gate_R1.dtype) * gate_R1).to(x_TD.dtype)
         return rows_RD, plan
 
-    def combine(
-        self, rows_RD: Float[Tensor, "R D"], routing: Routing, plan: DispatchPlan
-    ) -> Float[Tensor, "T D"]:
+    def combine(self, rows_RD: Float[Tensor, "R D"], routing: Routing, plan: DispatchPlan) -> Float[Tensor, "T D"]:
         """Expert outputs summed into their tokens, under the gates unless these were applied before."""
         if self.score_before_experts:
             return self.combine_arm(rows_RD, None, plan)

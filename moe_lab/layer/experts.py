@@ -79,8 +79,8 @@ class GroupedExperts(nn.Module):
 
     def forward(self, x_RD: Float[Tensor, "R D"], ends_E: Int32[Tensor, " E"]) -> Float[Tensor, "R D"]:
         """Rows ends[e-1] .. ends[e] go through expert e. Weights are used in the rows' dtype."""
-        weights = (w.to(x_RD.dtype) for w in (self.w1_EFD, self.w2_EDF, self.w3_EFD))
-        return BACKENDS[self.backend](x_RD, *weights, ends_E)
+        w1_EFD, w2_EDF, w3_EFD = (w.to(x_RD.dtype) for w in (self.w1_EFD, self.w2_EDF, self.w3_EFD))
+        return BACKENDS[self.backend](x_RD, w1_EFD, w2_EDF, w3_EFD, ends_E)
 
 
 class SharedExperts(nn.Module):

@@ -112,9 +112,7 @@ def route(
     return Routing(gates_TK, expert_ids_TK, scores_TE, logits_TE, count(expert_ids_TK, num_experts))
 
 
-def _forced_ids(
-    scores_TE: Tensor, balance: str, top_k: int, generator: torch.Generator | None
-) -> Int[Tensor, "T K"]:
+def _forced_ids(scores_TE: Tensor, balance: str, top_k: int, generator: torch.Generator | None) -> Int[Tensor, "T K"]:
     num_tokens, num_experts = scores_TE.shape
     if balance == "round_robin":
         assignment_N = torch.arange(num_tokens * top_k, device=scores_TE.device)
@@ -146,13 +144,10 @@ class TokenChoiceTopKRouter(nn.Module):
         self.gate = nn.Linear(dim, num_experts, bias=config.gate_bias)
         self.num_experts, self.top_k, self.config = num_experts, top_k, config
 
-    def forward(
-        self, x_TD: Float[Tensor, "T D"], expert_bias_E: Float[Tensor, " E"] | None = None
-    ) -> Routing:
-        weight_ED, bias_E = self.gate.weight, self.gate.bias
+    def forward(self, x_TD: Float[Tensor, "T D"], expert_bias_E: Float[Tensor, " E"] | None = None) -> Routing:
         wide = torch.promote_types(x_TD.dtype, torch.float32)
         dtype = wide if self.config.gate_dtype == "float32" else x_TD.dtype
-        bias_E = None if bias_E is None else bias_E.to(dtype)
+        bias_E = None if self.gate.bias is None else self.gate.bias.to(dtype)
         with torch.autocast(x_TD.device.type, enabled=False):
-            logits_TE = F.linear(x_TD.to(dtype), weight_ED.to(dtype), bias_E)
+            logits_TE = F.linear(x_TD.to(dtype), self.gate.weight.to(dtype), bias_E)
             return route(logits_TE, self.config, self.top_k, expert_bias_E=expert_bias_E)

@@ -1,0 +1,286 @@
+"""Train the small language model on a prepared corpus; stop and resume to the bit.
+
+Every step draws its crops from its own number, so a run is a function of the config alone, and a resumed run
+walks on as if it had never stopped. Weights are float32; the forward and backward run in `dtype`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from moe_lab.config import check_choice, check_int
+from moe_lab.jobs.corpus_file import Corpus, load_corpus
+from moe_lab.jobs.evaluate import as_tensor, bits_per_byte
+from moe_lab.models.lm import SMALL, LMConfig, MoELM
+from moe_lab.study.metrics import load_imbalance
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """`steps` of `batch` crops of the model's `max_length` bytes; AdamW, warm-up, then cosine to a tenth.
+
+    `log_every` steps make one line of the log; `save_every` steps one checkpoint and one held-out evaluation
+    over `eval_files` files a domain.
+    """
+
+    model: LMConfig = SMALL
+    steps: int = 1000
+    batch: int = 16
+    learning_rate: float = 3e-3
+    warmup: int = 100
+    weight_decay: float = 0.1
+    clip: float = 1.0
+    seed: int = 0
+    dtype: str = "float32"
+    compile: bool = False
+    log_every: int = 20
+    save_every: int = 500
+    eval_files: int = 4
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "warmup", "log_every", "save_every", "eval_files"):
+            check_int(name, getattr(self, name), 1)
+        check_choice("dtype", self.dtype, DTYPES)
+        if not 0 < self.learning_rate < math.inf:
+            raise ValueError(f"learning_rate={self.learning_rate!r} must be a positive number")
+
+    def rate(self, step: int) -> float:
+        """Learning rate of a step, counted from 0."""
+        if step < self.warmup:
+            return self.learning_rate * (step + 1) / self.warmup
+        done = (step - self.warmup) / max(1, self.steps - self.warmup)
+        return self.learning_rate * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * done)))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return dataclasses.asdict(self)
+
+
+def heldout_bits(model: MoELM, corpus: Corpus, files: int | None = None) -> dict[str, float]:
+    """Held-out bits per byte by domain and over `all`, over the first `files` files of each (None: all of them)."""
+    texts = {d: [as_tensor(t) for t in islice(corpus.heldout.texts(d), files)] for d in corpus.heldout.domains}
+    texts["all"] = [text_B for domain in texts.values() for text_B in domain]
+    model.eval()
+    return {domain: bits_per_byte(model, of_domain) for domain, of_domain in texts.items()}
+
+
+class Step(NamedTuple):
+    """What one optimizer step left behind, on the device: loss in nats a byte, gradient norm, assignments."""
+
+    loss: Tensor
+    grad_norm: Tensor
+    counts_LE: Tensor
+
+
+class Trainer:
+    """A model, its optimizer and the number of the next step, in one place that can be saved and restored."""
+
+    def __init__(self, config: TrainConfig, corpus: Corpus, device: str) -> None:
+        torch.manual_seed(config.seed)
+        self.config, self.corpus, self.device = config, corpus, device
+        self.model = MoELM(config.model).to(device)
+        decayed = [p for p in self.model.parameters() if p.dim() >= 2]
+        plain = [p for p in self.model.parameters() if p.dim() < 2]
+        self.optimizer = torch.optim.AdamW(
+            [
+                {"params": decayed, "weight_decay": config.weight_decay},
+                {"params": plain, "weight_decay": 0.0},
+            ],
+            betas=(0.9, 0.95),
+            fused=True,
+        )
+        self.step = 0
+        self.text_B = corpus.train_U8.to(device)
+        loss = self._loss
+        self.loss: Callable[[Tensor], Tensor] = torch.compile(loss) if config.compile else loss
+
+    def _loss(self, bytes_BL: Tensor) -> Tensor:
+        """Mean cross-entropy in nats of each next byte. Weights but the gates' are rounded to `dtype` first."""
+        dtype = DTYPES[self.config.dtype]
+        weights = {name: p if ".router." in name else p.to(dtype) for name, p in self.model.named_parameters()}
+        logits_BLV = torch.func.functional_call(self.model, weights, (bytes_BL[:, :-1],))
+        return F.cross_entropy(logits_BLV.flatten(0, 1).float(), bytes_BL[:, 1:].flatten())
+
+    def batch(self, step: int) -> Tensor:
+        """The crops of a step, (batch, max_length + 1) int64."""
+        length = self.config.model.max_length + 1
+        if len(self.text_B) < length:
+            raise ValueError(f"corpus has {len(self.text_B)} training bytes: at least {length} are needed")
+        generator = torch.Generator().manual_seed((self.config.seed << 32) + step)
+        start_B = torch.randint(len(self.text_B) - length + 1, (self.config.batch,), generator=generator)
+        index_BL = start_B[:, None] + torch.arange(length)
+        return self.text_B[index_BL.to(self.device)].long()
+
+    def advance(self) -> Step:
+        """One optimizer step; its numbers stay on the device."""
+        self.model.train()
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.rate(self.step)
+        loss = self.loss(self.batch(self.step))
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
+        self.optimizer.step()
+        counts_LE = torch.stack([moe.tokens_per_expert_E for moe in self.model.moe_layers])
+        for moe in self.model.moe_layers:
+            moe.update_expert_bias()
+        self.step += 1
+        return Step(loss.detach(), norm.detach(), counts_LE)
+
+    def save(self, path: Path) -> None:
+        """Write a checkpoint beside the last one and swap: a kill leaves one of the two whole."""
+        state = {
+            "step": self.step,
+            "config": self.config.to_dict(),
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+        }
+        part = path.with_suffix(".part")
+        torch.save(state, part)
+        os.replace(part, path)
+
+    def resume(self, path: Path) -> None:
+        """Go on from a checkpoint of the same config; `ValueError` names the first field that differs."""
+        state = torch.load(path, map_location=self.device, weights_only=True)
+        mine, theirs = self.config.to_dict(), state["config"]
+        for name, value in mine.items():
+            if theirs.get(name) != value:
+                raise ValueError(f"{path} was trained with {name}={theirs.get(name)!r}, not {value!r}: cannot resume")
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step = state["step"]
+
+
+class TrainingDiverged(RuntimeError):
+    """The loss or a gradient was NaN or infinite; the message names the step and the checkpoint that is left."""
+
+
+def train(
+    config: TrainConfig,
+    corpus: Corpus,
+    out: Path,
+    *,
+    device: str = "cpu",
+    resume: bool = False,
+    stop: int | None = None,
+) -> Trainer:
+    """Run to `config.steps` (or `stop`), logging to `out/log.jsonl` and checkpointing to `out/checkpoint.pt`.
+
+    Raises `TrainingDiverged` at the first step whose loss or gradient norm is not finite; the checkpoint is then
+    the last one written before it.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    trainer = Trainer(config, corpus, device)
+    if resume:
+        trainer.resume(out / "checkpoint.pt")
+    steps: list[Step] = []
+    started = time.monotonic()
+    with (
+        (out / "log.jsonl").open("a" if resume else "w") as log,
+        tqdm(total=config.steps, initial=trainer.step, desc="train", unit="step", file=sys.stderr) as bar,
+    ):
+        last = min(stop or config.steps, config.steps)
+        while trainer.step < last:
+            steps.append(trainer.advance())
+            save = trainer.step % config.save_every == 0 or trainer.step == last
+            if not save and trainer.step % config.log_every:
+                continue
+            line = _log_line(trainer, steps) | {"seconds": round(time.monotonic() - started, 3)}
+            steps.clear()
+            if save:
+                trainer.save(out / "checkpoint.pt")
+                line["heldout_bits_per_byte"] = heldout_bits(trainer.model, corpus, config.eval_files)
+            log.write(json.dumps(line) + "\n")
+            log.flush()
+            bar.update(trainer.step - bar.n)
+            bar.set_postfix(bits_per_byte=f"{line['bits_per_byte']:.3f}")
+    return trainer
+
+
+def _log_line(trainer: Trainer, steps: list[Step]) -> dict[str, Any]:
+    """Means over the steps since the last line; raises `TrainingDiverged` for the first that is not finite."""
+    loss_S = torch.stack([s.loss for s in steps]).double().cpu()
+    norm_S = torch.stack([s.grad_norm for s in steps]).double().cpu()
+    bad = (~(loss_S.isfinite() & norm_S.isfinite())).nonzero()
+    first = trainer.step - len(steps)
+    if len(bad):
+        i = int(bad[0])
+        raise TrainingDiverged(
+            f"step {first + i + 1}: loss {float(loss_S[i])}, gradient norm {float(norm_S[i])}; "
+            "the checkpoint is from before it"
+        )
+    return {
+        "step": trainer.step,
+        "bytes": trainer.step * trainer.config.batch * trainer.config.model.max_length,
+        "bits_per_byte": float(loss_S.mean()) / math.log(2),
+        "grad_norm": float(norm_S.mean()),
+        "learning_rate": trainer.config.rate(trainer.step - 1),
+        "max_over_mean": [round(load_imbalance(c).max_over_mean, 4) for c in steps[-1].counts_LE.cpu()],
+    }
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `moe-lab train`."""
+    default = TrainConfig()
+    parser.add_argument("--corpus", type=Path, required=True, help="file written by moe-lab corpus")
+    parser.add_argument("--out", type=Path, required=True, help="folder for checkpoint, log and weights")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
+    parser.add_argument("--no-balancing", action="store_true", help="train without the balancing bias")
+    parser.add_argument("--backend", default=SMALL.moe.backend, help="how expert products are computed")
+    parser.add_argument("--compile", action="store_true", help="compile the loss")
+    parser.add_argument("--dtype", default=default.dtype, choices=tuple(DTYPES))
+    for name in ("steps", "batch", "warmup", "seed", "log-every", "save-every"):
+        parser.add_argument(f"--{name}", type=int, default=getattr(default, name.replace("-", "_")))
+    parser.add_argument("--learning-rate", type=float, default=default.learning_rate)
+
+
+def main(args: argparse.Namespace) -> None:
+    """Train, then write the weights and the held-out bits per byte of every domain."""
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"device={args.device!r}: PyTorch sees no GPU here, choose 'cpu'")
+    coeff = None if args.no_balancing else SMALL.moe.load_balance_coeff
+    moe = SMALL.moe.replace(backend=args.backend, load_balance_coeff=coeff)
+    names = (
+        "steps",
+        "batch",
+        "warmup",
+        "seed",
+        "log_every",
+        "save_every",
+        "learning_rate",
+        "dtype",
+        "compile",
+    )
+    config = TrainConfig(model=dataclasses.replace(SMALL, moe=moe), **{name: getattr(args, name) for name in names})
+    corpus = load_corpus(args.corpus)
+    trainer = train(config, corpus, args.out, device=args.device, resume=args.resume)
+    trainer.model.save(args.out / "lm")
+    # What is reported is what was saved: rounded weights, float32 arithmetic.
+    model = MoELM.load(args.out / "lm").to(args.device)
+    report = {
+        "config": config.to_dict(),
+        "device": torch.cuda.get_device_name() if args.device.startswith("cuda") else "cpu",
+        "torch": str(torch.__version__),
+        "heldout_bits_per_byte": heldout_bits(model, corpus),
+    }
+    (args.out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+    print(json.dumps(report["heldout_bits_per_byte"], indent=1))

@@ -1,0 +1,1 @@
+"""Whole models around the layer: a small language model of our own, and adapters to others'."""
