@@ -90,6 +90,10 @@ class Step(NamedTuple):
     counts_LE: Tensor
 
 
+class TrainingDiverged(RuntimeError):
+    """The loss or a gradient was NaN or infinite; the message names the step and the checkpoint that is left."""
+
+
 class Trainer:
     """A model, its optimizer and the number of the next step, in one place that can be saved and restored."""
 
@@ -130,7 +134,7 @@ class Trainer:
         return self.text_B[index_BL.to(self.device)].long()
 
     def advance(self) -> Step:
-        """One optimizer step; its numbers stay on the device."""
+        """One optimizer step. Raises `TrainingDiverged`, before the weights move, if it is not finite."""
         self.model.train()
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.rate(self.step)
@@ -138,6 +142,11 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
+        if not norm.isfinite():
+            raise TrainingDiverged(
+                f"step {self.step + 1}: loss {loss.item()}, gradient norm {norm.item()}; the weights and the last "
+                "checkpoint are from before it"
+            )
         self.optimizer.step()
         counts_LE = torch.stack([moe.tokens_per_expert_E for moe in self.model.moe_layers])
         for moe in self.model.moe_layers:
@@ -169,10 +178,6 @@ class Trainer:
         self.step = state["step"]
 
 
-class TrainingDiverged(RuntimeError):
-    """The loss or a gradient was NaN or infinite; the message names the step and the checkpoint that is left."""
-
-
 def train(
     config: TrainConfig,
     corpus: Corpus,
@@ -184,8 +189,8 @@ def train(
 ) -> Trainer:
     """Run to `config.steps` (or `stop`), logging to `out/log.jsonl` and checkpointing to `out/checkpoint.pt`.
 
-    Raises `TrainingDiverged` at the first step whose loss or gradient norm is not finite; the checkpoint is then
-    the last one written before it.
+    Raises `TrainingDiverged` at the first step whose gradient is not finite; the checkpoint is then the last one
+    written before it.
     """
     out.mkdir(parents=True, exist_ok=True)
     trainer = Trainer(config, corpus, device)
@@ -216,22 +221,14 @@ def train(
 
 
 def _log_line(trainer: Trainer, steps: list[Step]) -> dict[str, Any]:
-    """Means over the steps since the last line; raises `TrainingDiverged` for the first that is not finite."""
-    loss_S = torch.stack([s.loss for s in steps]).double().cpu()
-    norm_S = torch.stack([s.grad_norm for s in steps]).double().cpu()
-    bad = (~(loss_S.isfinite() & norm_S.isfinite())).nonzero()
-    first = trainer.step - len(steps)
-    if len(bad):
-        i = int(bad[0])
-        raise TrainingDiverged(
-            f"step {first + i + 1}: loss {float(loss_S[i])}, gradient norm {float(norm_S[i])}; "
-            "the checkpoint is from before it"
-        )
+    """Means over the steps since the last line."""
+    loss = torch.stack([step.loss for step in steps]).double().mean()
+    grad_norm = torch.stack([step.grad_norm for step in steps]).double().mean()
     return {
         "step": trainer.step,
         "bytes": trainer.step * trainer.config.batch * trainer.config.model.max_length,
-        "bits_per_byte": float(loss_S.mean()) / math.log(2),
-        "grad_norm": float(norm_S.mean()),
+        "bits_per_byte": float(loss) / math.log(2),
+        "grad_norm": float(grad_norm),
         "learning_rate": trainer.config.rate(trainer.step - 1),
         "max_over_mean": [round(load_imbalance(c).max_over_mean, 4) for c in steps[-1].counts_LE.cpu()],
     }

@@ -1,0 +1,109 @@
+import dataclasses
+import hashlib
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from moe_lab.jobs.corpus_file import Corpus, Split
+from moe_lab.jobs.evaluate import as_tensor
+from moe_lab.jobs.train import TrainConfig, Trainer, TrainingDiverged, heldout_bits, train
+from moe_lab.study.trace import Document
+from tests.test_lm import TINY
+
+CONFIG = TrainConfig(model=TINY, steps=12, batch=4, warmup=3, log_every=2, save_every=4, eval_files=1)
+
+
+def split(text: bytes) -> Split:
+    document = Document("stdlib:x.py", "python", hashlib.sha256(text).hexdigest(), 0, len(text))
+    return Split(as_tensor(text), torch.tensor([0, len(text)]), (document,))
+
+
+@pytest.fixture(scope="module")
+def corpus():
+    text = Path(json.__file__).read_bytes()
+    return Corpus(split(text[:8000]), split(text[8000:9000]), {})
+
+
+def lines(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def same_state(a: Trainer, b: Trainer) -> bool:
+    mine, theirs = (torch.nn.utils.parameters_to_vector(t.model.parameters()) for t in (a, b))
+    moments = ([s["exp_avg_sq"] for s in t.optimizer.state_dict()["state"].values()] for t in (a, b))
+    return torch.equal(mine, theirs) and all(torch.equal(x, y) for x, y in zip(*moments, strict=True))
+
+
+def test_resumed_equals_unbroken_to_the_bit(corpus, tmp_path):
+    unbroken = train(CONFIG, corpus, tmp_path / "a")
+    train(CONFIG, corpus, tmp_path / "b", stop=8)
+    resumed = train(CONFIG, corpus, tmp_path / "b", resume=True)
+    assert same_state(unbroken, resumed)
+    for a, b in zip(unbroken.model.moe_layers, resumed.model.moe_layers, strict=True):
+        assert torch.equal(a.expert_bias_E, b.expert_bias_E)
+        assert a.expert_bias_E.abs().sum() > 0
+    without_time = [
+        [{k: v for k, v in line.items() if k != "seconds"} for line in lines(tmp_path / run)] for run in "ab"
+    ]
+    assert without_time[0] == without_time[1]
+
+
+def test_the_log_has_a_line_an_interval(corpus, tmp_path):
+    trainer = train(CONFIG, corpus, tmp_path)
+    log = lines(tmp_path)
+    assert [line["step"] for line in log] == [2, 4, 6, 8, 10, 12]
+    assert [line["step"] for line in log if "heldout_bits_per_byte" in line] == [4, 8, 12]
+    assert log[-1]["bytes"] == 12 * 4 * 32
+    assert log[-1]["bits_per_byte"] < log[0]["bits_per_byte"]
+    assert log[-1]["heldout_bits_per_byte"] == heldout_bits(trainer.model, corpus)
+    assert len(log[-1]["max_over_mean"]) == TINY.num_layers
+
+
+def test_nan_stops_with_its_step_and_keeps_the_checkpoint(corpus, tmp_path):
+    config = dataclasses.replace(CONFIG, log_every=5)
+    advance = Trainer.advance
+
+    def poison(self):
+        if self.step == 6:
+            with torch.no_grad():
+                self.model.head.weight[0, 0] = math.inf
+        return advance(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "advance", poison)
+        with pytest.raises(TrainingDiverged, match="step 7: loss nan"):
+            train(config, corpus, tmp_path)
+    trainer = Trainer(config, corpus, "cpu")
+    trainer.resume(tmp_path / "checkpoint.pt")
+    assert trainer.step == 4
+    assert all(p.isfinite().all() for p in trainer.model.parameters())
+
+
+def test_resuming_another_config_names_the_difference(corpus, tmp_path):
+    train(CONFIG, corpus, tmp_path, stop=4)
+    with pytest.raises(ValueError, match=r"learning_rate=0\.003, not 0\.1: cannot resume"):
+        train(dataclasses.replace(CONFIG, learning_rate=0.1), corpus, tmp_path, resume=True)
+
+
+def test_the_rate_warms_up_and_falls_to_a_tenth():
+    config = TrainConfig(steps=100, warmup=10, learning_rate=1.0)
+    rates = [config.rate(step) for step in range(100)]
+    assert rates[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
+    assert max(rates) == 1.0
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert rates[-1] == pytest.approx(0.1, abs=1e-3)
+
+
+def test_too_little_text_is_refused(corpus):
+    short = Corpus(split(b"too short"), corpus.heldout, {})
+    with pytest.raises(ValueError, match="9 training bytes: at least 33"):
+        Trainer(CONFIG, short, "cpu").advance()
+
+
+@pytest.mark.parametrize("change", [{"steps": 0}, {"dtype": "int8"}, {"learning_rate": float("nan")}])
+def test_bad_settings_are_refused_by_name(change):
+    with pytest.raises(ValueError, match=next(iter(change))):
+        dataclasses.replace(CONFIG, **change)
