@@ -130,7 +130,7 @@ def imbalance(trace: RoutingTrace, window: int | None = None, *, shuffle: bool =
     """
     if window is not None:
         check_int("window", window, 1)
-    order_T = _shuffled(trace) if shuffle else torch.arange(trace.num_tokens)
+    order_T = packing_order(trace) if shuffle else torch.arange(trace.num_tokens)
     order_T = order_T[trace.valid_T[order_T]]
     domain_T = trace.domain_T[order_T]
     groups = [(name, order_T[domain_T == i]) for i, name in enumerate(trace.domains)]
@@ -166,7 +166,7 @@ def _loads(trace: RoutingTrace, domain: str, tokens_t: Int[Tensor, " t"], window
     return loads
 
 
-def _shuffled(trace: RoutingTrace) -> Int[Tensor, " T"]:
+def packing_order(trace: RoutingTrace) -> Int[Tensor, " T"]:
     """Token indices with whole documents in a shuffled order."""
     place_G = np.random.default_rng(0).permutation(len(trace.info.documents))
     return torch.from_numpy(place_G)[trace.document_T.long()].argsort(stable=True)
