@@ -632,3 +632,13 @@ def test_recording_refuses_logits_beyond_half_precision():
     model = Stack(score_func="sigmoid")
     with record(model), pytest.raises(ValueError, match="not finite in float16"):
         model(torch.full((3, 16), 1e6))
+
+
+def test_a_trace_recorded_in_inference_mode_is_like_any_other():
+    model = Stack()
+    with torch.inference_mode(), record(model) as recorder:
+        model(torch.randn(6, 16))
+    trace = recorder.trace()
+    routing = trace.reroute(1, trace.info.router, 2)
+    assert torch.equal(routing.counts_E, trace.routing(1).counts_E)
+    assert RoutingTrace.concatenate(list(trace.windows(3))).num_tokens == 6

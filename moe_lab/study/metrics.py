@@ -19,6 +19,10 @@ from torch import Tensor
 from moe_lab.config import check_int
 from moe_lab.study.info import MAX_EXPERTS
 
+_SEED = 20_240_229
+_CELLS = 2**17  # random numbers a setting of `null_band`, which keeps it under 20 ms
+_EXACT_PICKS = 1024  # choices a draw, up to which tokens are drawn one by one
+
 
 class LoadImbalance(NamedTuple):
     """How unevenly counts spread over experts.
@@ -106,32 +110,29 @@ def null_band(num_tokens: int, top_k: int, num_experts: int, *, quantile: float 
         raise ValueError(f"quantile={quantile!r} must be between 0 and 1")
     rng = np.random.default_rng(_SEED)
     draws = min(max(_CELLS // num_experts, 128), 2048)
-    if picks := num_tokens * min(top_k, num_experts - top_k):
-        exact = picks <= _EXACT_PICKS
-        draws = min(draws, _CELLS * 4 // picks) if exact else draws
-        counts_NE = (draw_routing if exact else draw_counts)(rng, draws, num_tokens, top_k, num_experts)
-    else:  # every token takes every expert
-        counts_NE = np.full((1, num_experts), num_tokens)
+    picks = num_tokens * min(top_k, num_experts - top_k)
+    if picks <= _EXACT_PICKS:
+        draws = min(draws, _CELLS * 4 // max(picks, 1))
+        counts_NE = draw_routing(rng, draws, num_tokens, top_k, num_experts)
+    else:
+        counts_NE = draw_counts(rng, draws, num_tokens, top_k, num_experts)
     values = measure(counts_NE)
+    # over the true mean, which that of drawn counts misses by their rounding
+    values[:, 0] = counts_NE.max(axis=1) / (num_tokens * top_k / num_experts)
+    mean = values.mean(axis=0)
     if windows > 1:
-        values = _mean_of(rng, values, windows)
+        values = _means(rng, values, windows)
     tails = [(1 - quantile) / 2, (1 + quantile) / 2]
-    low, high = np.quantile(values, tails, axis=0)
-    mean, low, high = (LoadImbalance(*row.tolist()) for row in (values.mean(axis=0), low, high))
-    return NullBand(mean, low, high, *_share_band(num_tokens * windows, top_k, num_experts, tails))
+    bands = (LoadImbalance(*row.tolist()) for row in (mean, *np.quantile(values, tails, axis=0)))
+    return NullBand(*bands, *_share_band(num_tokens * windows, top_k, num_experts, tails))  # type: ignore[call-arg, arg-type]
 
 
-def _mean_of(rng: np.random.Generator, values_NM: NDArray[np.float64], windows: int) -> NDArray[np.float64]:
+def _means(rng: np.random.Generator, values_NM: NDArray[np.float64], windows: int) -> NDArray[np.float64]:
     """Means over `windows` of the drawn values. Past 32, as spread as the root of their number says."""
     averaged = min(windows, 32)
     means_NM = values_NM[rng.integers(len(values_NM), size=(512, averaged))].mean(axis=1)
     center_M = values_NM.mean(axis=0)
     return center_M + (means_NM - center_M) * math.sqrt(averaged / windows)
-
-
-_SEED = 20_240_229
-_CELLS = 2**17  # draws x experts a setting, which keeps it under 20 ms
-_EXACT_PICKS = 1024
 
 
 def draw_routing(
