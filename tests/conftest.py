@@ -1,0 +1,32 @@
+"""What every test shares: shapes in signatures are checked, seeds and thread counts are fixed, nothing is fetched."""
+
+import os
+import random
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import jaxtyping
+import pytest
+from hypothesis import HealthCheck, settings
+
+ROOT = Path(__file__).resolve().parent.parent
+ROOMS = {module.parent.name for module in (ROOT / "moe_lab").glob("*/*.py")}
+UNCHECKED = {"kernels"}  # a custom op's schema is read off its bare function
+jaxtyping.install_import_hook([f"moe_lab.{room}" for room in sorted(ROOMS - UNCHECKED)], "beartype.beartype")
+
+import torch  # noqa: E402  (after the hook, like everything that may import moe_lab)
+
+torch.set_num_threads(2)
+
+settings.register_profile("lab", deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("soak", settings.get_profile("lab"), max_examples=5000)
+settings.load_profile("lab")
+
+
+@pytest.fixture(autouse=True)
+def seeds():
+    """Tests that draw without a generator of their own still draw the same numbers alone and together."""
+    random.seed(0)
+    torch.manual_seed(0)
