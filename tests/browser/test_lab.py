@@ -1,0 +1,97 @@
+"""The notebooks in a real JupyterLab, as a reader meets them."""
+
+import nbformat
+import pytest
+from browser import harness
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+
+NOTEBOOKS = sorted(path.name for path in (harness.ROOT / "notebooks").glob("*.ipynb"))
+
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.slow,
+    pytest.mark.skipif(harness.CHROMIUM is None, reason="no chromium on PATH: apt-get install chromium"),
+]
+
+PANEL = """
+import io, ipywidgets as widgets
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+k, picture, text = widgets.IntSlider(2, 1, 8, description="K"), widgets.Image(), widgets.HTML()
+def draw(change=None):
+    file, figure = io.BytesIO(), Figure(figsize=(2, 1))
+    figure.subplots().bar(range(k.value), range(k.value))
+    FigureCanvasAgg(figure).print_png(file)
+    picture.value, text.value = file.getvalue(), f"top {k.value}"
+k.observe(draw, "value"); draw()
+widgets.VBox([k, picture, text])
+"""
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with harness.start_browser() as browser:
+        yield browser
+
+
+@pytest.fixture
+def page(browser):
+    page = harness.new_page(browser)
+    yield page
+    page.close()
+
+
+@pytest.fixture(scope="module")
+def scratch_lab(tmp_path_factory):
+    """A lab with a panel of three widgets, and with a widget view that was stored without its state."""
+    folder = tmp_path_factory.mktemp("scratch")
+    view = {"application/vnd.jupyter.widget-view+json": {"model_id": "gone", "version_major": 2, "version_minor": 0}}
+    orphan = new_code_cell("1", execution_count=1, outputs=[new_output("display_data", view)])
+    (folder / "source").mkdir()
+    for name, cell in (("01_routing", new_code_cell(PANEL)), ("orphan", orphan)):
+        kernel = {"name": "python3", "display_name": "Python 3 (ipykernel)", "language": "python"}
+        notebook = new_notebook(cells=[new_markdown_cell(f"# {name}"), cell], metadata={"kernelspec": kernel})
+        nbformat.write(notebook, folder / "source" / f"{name}.ipynb")
+    with harness.start_lab(folder / "lab dir", folder / "source") as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    with harness.start_lab(tmp_path_factory.mktemp("lab") / "a lab") as address:
+        yield address
+
+
+def test_the_harness_sees_a_slider_change_picture_and_numbers(page, scratch_lab):
+    harness.open_notebook(page, scratch_lab, "01_routing.ipynb")
+    harness.run_all(page)
+    assert harness.errors(page) == []
+    before, after = harness.move_slider(page, "K")
+    assert (before.text, after.text) == ("top 2", "top 3")
+    before, after = harness.move_slider(page, key="ArrowLeft")
+    assert (before.text, after.text) == ("top 3", "top 2")
+
+
+def test_the_harness_sees_a_widget_without_state(page, scratch_lab):
+    harness.open_notebook(page, scratch_lab, "orphan.ipynb")
+    assert harness.errors(page) == ["Error displaying widget: model not found"]
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_a_notebook_opens_unrun_without_errors(page, lab, name):
+    harness.open_notebook(page, lab, name)
+    harness.screenshot(page, f"{name}-opened")
+    assert harness.errors(page) == []
+
+
+@pytest.mark.parametrize("name", [name for name in NOTEBOOKS if name.startswith("01_")])
+def test_a_panel_answers_its_sliders(page, lab, name):
+    harness.open_notebook(page, lab, name)
+    seconds = harness.run_all(page)
+    assert harness.errors(page) == []
+    harness.screenshot(page, f"{name}-run")
+    before, after = harness.move_slider(page)
+    harness.screenshot(page, f"{name}-moved")
+    assert len(after.pictures) == len(before.pictures)
+    assert after.text != before.text
+    print(f"{name}: Run All took {seconds:.1f} s")
