@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from moe_lab import MoE, MoEConfig, RouterConfig
-from moe_lab.layer.router import route
+from moe_lab.layer.router import TokenChoiceTopKRouter, route
 from moe_lab.study.trace import METADATA_KEY, Document, RoutingTrace, TraceInfo, record
 
 DOCUMENTS = (
@@ -642,3 +642,63 @@ def test_a_trace_recorded_in_inference_mode_is_like_any_other():
     routing = trace.reroute(1, trace.info.router, 2)
     assert torch.equal(routing.counts_E, trace.routing(1).counts_E)
     assert RoutingTrace.concatenate(list(trace.windows(3))).num_tokens == 6
+
+
+class Detour(Stack):
+    """Runs its layers in the order, over the part of the tokens, and as often as told."""
+
+    def __init__(self):
+        super().__init__(layers=2)
+        self.todo = [("1", 4), ("2", 4)]
+
+    def forward(self, x):
+        for name, tokens in self.todo:
+            if name == "self":
+                self.todo = self.todo[1:]
+                self(x)
+            else:
+                self.layers[name](x[:tokens])
+        return x
+
+
+@pytest.mark.parametrize(
+    ("todo", "message"),
+    [
+        ([("1", 4)], r"routers \['layers.2.router'\] did not run in this forward"),
+        ([("1", 4), ("2", 3)], "routers saw different numbers of tokens"),
+        ([("2", 4), ("1", 4)], "routers ran in another order"),
+    ],
+)
+def test_recording_refuses_forwards_that_are_not_alike(todo, message):
+    model = Detour()
+    with record(model) as recorder:
+        model(torch.randn(4, 16))
+        model.todo = todo
+        with pytest.raises(ValueError, match=message):
+            model(torch.randn(4, 16))
+    assert recorder.trace().num_tokens == 4
+
+
+def test_recording_refuses_a_model_that_calls_itself():
+    model = Detour()
+    model.todo = [("self", 0), ("1", 4), ("2", 4)]
+    with record(model), pytest.raises(ValueError, match="called inside its own forward"):
+        model(torch.randn(4, 16))
+
+
+def test_an_empty_forward_adds_nothing():
+    model = Stack()
+    with record(model) as recorder:
+        model(torch.randn(0, 16))
+        model(torch.randn(2, 16))
+    assert recorder.trace().num_tokens == 2
+
+
+def test_a_router_alone_can_be_recorded():
+    router = TokenChoiceTopKRouter(16, 8, 2, RouterConfig())
+    with record(router) as recorder:
+        routing = router(torch.randn(5, 16))
+    trace = recorder.trace()
+    assert torch.equal(trace.expert_ids_LTK[0].long(), routing.expert_ids_TK)
+    assert trace.expert_bias_LE is None
+    assert trace.info.layers == (0,)

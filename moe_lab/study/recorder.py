@@ -197,16 +197,17 @@ class Recorder:
         order = list(forward)
         if self._order and order != self._order:
             raise ValueError("routers ran in another order than in the forward before")
-        self._take_tokens(next(iter(lengths.values())))
         self._order = order
-        self._chunks.append(list(forward.values()))
+        if num_tokens := lengths[self._routers[order[0]]]:
+            self._take_tokens(num_tokens)
+            self._chunks.append(list(forward.values()))
 
     def _take_tokens(self, num_tokens: int) -> None:
         """Give the tokens of one forward their documents and positions."""
         queue = self._queue
         if queue is None:
             name = f"forward {len(self._documents)}"
-            self._documents.append(Document(name, "unlabelled", "", 0, max(1, num_tokens)))
+            self._documents.append(Document(name, "unlabelled", "", 0, num_tokens))
             queue = [(len(self._documents) - 1, 0)]
         left = sum(self._documents[document].length - position for document, position in queue)
         if num_tokens > left:
