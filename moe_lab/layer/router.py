@@ -44,7 +44,8 @@ def score(logits_TE: Float[Tensor, "T E"], score_func: str) -> Float[Tensor, "T 
         return logits_TE.softmax(dim=-1)
     if score_func == "sigmoid":
         return logits_TE.sigmoid()
-    return F.softplus(logits_TE).sqrt()
+    # Far below zero softplus is 0 and the slope of its root infinite: 0 * inf would be NaN.
+    return F.softplus(logits_TE).clamp(min=torch.finfo(logits_TE.dtype).tiny).sqrt()
 
 
 def limit_groups(choice_TE: Float[Tensor, "T E"], config: RouterConfig, top_k: int) -> Float[Tensor, "T E"]:
@@ -96,7 +97,7 @@ def route(
     Raises `ValueError` for settings that cannot choose (see `RouterConfig.check`) and for NaN or infinite
     logits, naming the first bad token (on CPU; on CUDA a device-side assertion, without a host sync).
     """
-    num_tokens, num_experts = logits_TE.shape
+    num_experts = logits_TE.shape[1]
     config.check(num_experts, top_k)
     contracts.check_finite("logits", logits_TE)
     scores_TE = score(logits_TE, config.score_func)
