@@ -1,1 +1,1 @@
-"""Operations that move rows, as custom ops: each states its accumulation and rounding, and has a fake and a gradient."""
+"""Operations that move rows, as custom ops: each states its accumulation and rounding, has a fake and a gradient."""

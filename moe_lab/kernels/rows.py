@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
 from torch import Tensor
 
 
@@ -70,7 +69,7 @@ def combine_gather_backward(
     wide = torch.promote_types(rows_RD.dtype, torch.float32)
     picked_RD = grad_TD.index_select(0, _token(order_R, position_TK)).to(wide)
     dot_R = torch.linalg.vecdot(rows_RD.to(wide), picked_RD).to(gates_TK.dtype)
-    grad_gates_TK = torch.zeros_like(gates_TK)
+    grad_gates_TK = gates_TK.new_zeros(gates_TK.shape)
     grad_gates_TK.view(-1)[order_R] = dot_R
     gate_R = gates_TK.reshape(-1).index_select(0, order_R)
     return picked_RD.mul_(gate_R[:, None]).to(rows_RD.dtype), grad_gates_TK
