@@ -30,12 +30,13 @@ def deterministic_mode() -> Iterator[None]:
 def deterministic_scatter_add(out: Tensor, index: Tensor, src: Tensor) -> Tensor:
     """`out` (T, D) plus each row of `src` (R, D) at its `index`: (R,) row numbers, or (R, D) as `scatter_add` takes.
 
-    Functional: `out` is left alone. Accumulates in `out`'s dtype, one rounding an addition, in row order.
+    Functional: `out` is left alone. Adds in row order; on CPU in float32 (float64 for float64) with one rounding
+    at the end, on CUDA as PyTorch's deterministic kernel does, with at most one rounding an addition.
     Gradients: dOut passes through, dSrc gathers.
     """
     _check(out, index, src)
     with deterministic_mode():
-        return out.scatter_add(0, _as_2d(index, src), src)
+        return out.contiguous().scatter_add(0, _as_2d(index, src), src)
 
 
 def _check(out: Tensor, index: Tensor, src: Tensor) -> None:
@@ -54,7 +55,7 @@ def _as_2d(index: Tensor, src: Tensor) -> Tensor:
 
 @deterministic_scatter_add.register_fake
 def _(out: Tensor, index: Tensor, src: Tensor) -> Tensor:
-    return torch.empty_like(out)
+    return out.new_empty(out.shape)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

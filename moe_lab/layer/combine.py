@@ -1,9 +1,9 @@
 """The ways back from expert rows to tokens. All deterministic; they differ in rounding and in what they move.
 
-| arm           | accumulates in        | rounds               | order of a token's sum |
-|---------------|-----------------------|----------------------|------------------------|
-| `gather`      | float32 registers     | once                 | slot k = 0..K-1        |
-| `scatter_add` | the rows' dtype       | at every product and addition | by expert id  |
+| arm           | accumulates in                          | rounds                    | order of a token's sum |
+|---------------|-----------------------------------------|---------------------------|------------------------|
+| `gather`      | float32                                 | once                      | slot k = 0..K-1        |
+| `scatter_add` | as `deterministic_scatter_add` does     | every product, then sums  | by expert id           |
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def scatter_add(
     fastpaths.note("scatter_add_autograd_or_alias", "functional arm chosen by name")
     if gates_TK is not None:
         gate_R1 = gather_rows(gates_TK.reshape(-1, 1), plan.order_R, plan.position_TK.view(-1, 1))
-        rows_RD = (rows_RD.to(gate_R1.dtype) * gate_R1).to(rows_RD.dtype)
+        rows_RD = (rows_RD * gate_R1).to(rows_RD.dtype)
     zeros_TD = rows_RD.new_zeros(plan.num_tokens, rows_RD.shape[1])
     return deterministic_scatter_add(zeros_TD, plan.token_R, rows_RD)
 

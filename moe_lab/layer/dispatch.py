@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from moe_lab import fastpaths
+from moe_lab.config import check_choice
 from moe_lab.kernels.rows import gather_rows
 from moe_lab.layer.combine import COMBINE_ARMS
 from moe_lab.layer.plan import DispatchPlan, plan_local
@@ -21,6 +22,7 @@ class LocalTokenDispatcher:
     """
 
     def __init__(self, num_experts: int, *, combine: str = "gather", score_before_experts: bool = False) -> None:
+        check_choice("combine", combine, COMBINE_ARMS)
         self.num_experts = num_experts
         self.combine_arm = COMBINE_ARMS[combine]
         self.score_before_experts = score_before_experts
@@ -33,7 +35,7 @@ class LocalTokenDispatcher:
             fastpaths.note("score_before_experts", "rows multiplied in float32, rounded once")
             # The gates as (N, 1) rows of one assignment each: permuted by the same op, deterministic backward too.
             gate_R1 = gather_rows(routing.gates_TK.reshape(-1, 1), plan.order_R, plan.position_TK.view(-1, 1))
-            rows_RD = (rows_RD.to(gate_R1.dtype) * gate_R1).to(x_TD.dtype)
+            rows_RD = (rows_RD * gate_R1).to(x_TD.dtype)
         return rows_RD, plan
 
     def combine(self, rows_RD: Float[Tensor, "R D"], routing: Routing, plan: DispatchPlan) -> Float[Tensor, "T D"]:
