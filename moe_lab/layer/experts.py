@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from moe_lab import fastpaths
 from moe_lab.config import check_choice
+from moe_lab.kernels.grouped_linear import grouped_linear
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -49,9 +50,8 @@ def grouped_experts(x_RD: Tensor, w1_EFD: Tensor, w2_EDF: Tensor, w3_EFD: Tensor
                 f"backend='grouped' needs rows of a multiple of 16 bytes, but {name}={size} in {x_RD.dtype} makes "
                 f"{size * x_RD.element_size()}: choose backend='loop'"
             )
-    gate_RF = F.grouped_mm(x_RD, w1_EFD.mT, offs=ends_E)
-    up_RF = F.grouped_mm(x_RD, w3_EFD.mT, offs=ends_E)
-    return F.grouped_mm(swiglu(gate_RF, up_RF), w2_EDF.mT, offs=ends_E)
+    gate_RF, up_RF = grouped_linear(x_RD, w1_EFD, ends_E), grouped_linear(x_RD, w3_EFD, ends_E)
+    return grouped_linear(swiglu(gate_RF, up_RF), w2_EDF, ends_E)
 
 
 BACKENDS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]] = {
@@ -94,5 +94,6 @@ class SharedExperts(nn.Module):
         self.w3 = nn.Linear(dim, width, bias=False)
 
     def forward(self, x_TD: Float[Tensor, "T D"]) -> Float[Tensor, "T D"]:
-        """(T, D) -> (T, D)."""
-        return self.w2(swiglu(self.w1(x_TD), self.w3(x_TD)))
+        """(T, D) -> (T, D). Weights are used in the dtype of x, as those of `GroupedExperts` are."""
+        w1, w2, w3 = (linear.weight.to(x_TD.dtype) for linear in (self.w1, self.w2, self.w3))
+        return F.linear(swiglu(F.linear(x_TD, w1), F.linear(x_TD, w3)), w2)
