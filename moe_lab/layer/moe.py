@@ -15,6 +15,14 @@ from moe_lab.layer.experts import GroupedExperts, SharedExperts
 from moe_lab.layer.router import TokenChoiceTopKRouter
 
 
+def _in_backward() -> bool:
+    """Whether autograd runs backward on this thread: a forward there is a recompute, counted when it first ran.
+
+    Not known while compiling: a compiled layer counts its recompute too, which no sign of a difference feels.
+    """
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
 class MoE(nn.Module):
     """A Mixture-of-Experts feed-forward layer.
 
@@ -50,6 +58,8 @@ class MoE(nn.Module):
                 f"x is {tuple(x.shape)} {x.dtype}: must be floating point (T, {self.config.dim}) "
                 f"or (B, L, {self.config.dim})"
             )
+        if x.device != self.router.gate.weight.device:
+            raise ValueError(f"x is on {x.device}: must be on {self.router.gate.weight.device}, where the layer is")
         x_TD = x.reshape(-1, self.config.dim)
         routing = self.router(x_TD, self.expert_bias_E)
         rows_RD, plan = self.dispatcher.dispatch(x_TD, routing)
@@ -57,7 +67,7 @@ class MoE(nn.Module):
         out_TD = self.dispatcher.combine(rows_RD, routing, plan)
         if self.shared_experts is not None:
             out_TD = out_TD + self.shared_experts(x_TD)
-        if self.training and torch.is_grad_enabled():
+        if self.training and not _in_backward():
             self.tokens_per_expert_E += plan.counts_E
         return out_TD.view(x.shape)
 
@@ -65,7 +75,7 @@ class MoE(nn.Module):
         # The bias moves by steps far below a bfloat16 ulp: `.bfloat16()` must not round it.
         bias_E = self.expert_bias_E
         super()._apply(fn, recurse)
-        if self.expert_bias_E.dtype != bias_E.dtype and not bias_E.is_meta:
+        if self.expert_bias_E.dtype != bias_E.dtype:
             self.expert_bias_E = bias_E.to(self.expert_bias_E.device)
         return self
 
