@@ -2,8 +2,9 @@
 
 import nbformat
 import pytest
-from browser import harness
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+
+from browser import harness
 
 NOTEBOOKS = sorted(path.name for path in (harness.ROOT / "notebooks").glob("*.ipynb"))
 
