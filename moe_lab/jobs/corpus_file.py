@@ -113,16 +113,17 @@ def save_corpus(corpus: Corpus, path: str | Path) -> None:
 def save_manifest(corpus: Corpus, path: str | Path) -> None:
     """Write what the corpus is made of, without its text, as JSON.
 
-    A document is a row of its source's sha256, the bytes taken from the source's start, its domain and name.
+    By split and domain, a document is a row: its source's sha256, the bytes taken from its start, its name.
     """
     shown = describe(corpus)
-    lines = [f'"{key}": {json.dumps(value, indent=1)}' for key, value in shown.items() if key not in _SPLITS]
+    parts = [f'"{key}": {json.dumps(shown[key], indent=1)}' for key in ("format", "about")]
     for key in _SPLITS:
-        rows = ",\n".join(
-            json.dumps([d["sha256"], d["length"], d["domain"], d["name"]]) for d in shown[key]["documents"]
-        )
-        lines.append(f'"{key}": {{"sha256": "{shown[key]["sha256"]}", "documents": [\n{rows}\n]}}')
-    Path(path).write_text("{\n" + ",\n".join(lines) + "\n}\n")
+        rows: dict[str, list[str]] = {}
+        for d in shown[key]["documents"]:
+            rows.setdefault(d["domain"], []).append(json.dumps([d["sha256"], d["length"], d["name"]]))
+        domains = ",\n".join(f'"{domain}": [\n' + ",\n".join(some) + "\n]" for domain, some in rows.items())
+        parts.append(f'"{key}": {{"sha256": "{shown[key]["sha256"]}", "documents": {{\n{domains}\n}}}}')
+    Path(path).write_text("{\n" + ",\n".join(parts) + "\n}\n")
 
 
 def describe(corpus: Corpus) -> dict[str, Any]:
