@@ -1,0 +1,145 @@
+"""Recorded logits routed in another way: open-loop, because later layers never saw what it would have done."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from moe_lab.config import RouterConfig
+from moe_lab.layer.router import Routing
+from moe_lab.study.load import Load
+from moe_lab.study.trace import RoutingTrace
+from moe_lab.view.loads import window_loads
+from moe_lab.view.text import Text, table
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """How K experts are chosen from logits: the router's settings, with or without the recorded balancing bias."""
+
+    top_k: int
+    router: RouterConfig
+    use_bias: bool = True
+    temperature: float = 1.0
+
+    @classmethod
+    def recorded(cls, trace: RoutingTrace) -> Choice:
+        """The choice that the recorded model made itself."""
+        return cls(top_k=trace.top_k, router=trace.info.router, use_bias=trace.expert_bias_LE is not None)
+
+    def __str__(self) -> str:
+        router = self.router
+        if router.force_load_balance:
+            return f"K {self.top_k}, forced {router.force_load_balance.replace('_', ' ')}"
+        parts = [f"K {self.top_k}", router.score_func]
+        if router.num_expert_groups:
+            parts.append(f"{router.num_expert_groups} groups keep {router.num_limited_groups}")
+        parts.append("bias on" if self.use_bias else "bias off")
+        if self.temperature != 1:
+            parts.append(f"temperature {self.temperature:g}")
+        return ", ".join(parts)
+
+    def route(self, trace: RoutingTrace, layer: int) -> Routing:
+        """`trace.reroute` with these settings."""
+        return trace.reroute(layer, self.router, self.top_k, use_bias=self.use_bias, temperature=self.temperature)
+
+
+@lru_cache(maxsize=16)
+def rerouted(trace: RoutingTrace, choice: Choice) -> RoutingTrace:
+    """The trace that `choice` makes of the recorded logits: its ids instead of the recorded ones, without gates.
+
+    The recorded choice gives the trace itself. Raises `ValueError` for settings that cannot choose, and for a
+    trace without logits.
+    """
+    if choice == Choice.recorded(trace):
+        return trace
+    choice.router.check(trace.num_experts, choice.top_k)
+    ids = [_ids(trace, layer, choice) for layer in trace.info.layers]
+    info = dataclasses.replace(trace.info, top_k=choice.top_k, router=choice.router)
+    return dataclasses.replace(trace, info=info, expert_ids_LTK=torch.stack(ids), gates_LTK=None, logits_LTE=None)
+
+
+def _ids(trace: RoutingTrace, layer: int, choice: Choice) -> Int[Tensor, "T K"]:
+    router = choice.router
+    if router.force_load_balance or router.group_score == "topk_share":  # what is chosen first depends on K
+        return choice.route(trace, layer).expert_ids_TK.to(torch.int16)
+    reach = trace.num_experts
+    if router.num_expert_groups and router.num_limited_groups:
+        reach = reach // router.num_expert_groups * router.num_limited_groups
+    return _ranking(trace, layer, dataclasses.replace(choice, top_k=reach))[:, : choice.top_k]
+
+
+@lru_cache(maxsize=64)
+def _ranking(trace: RoutingTrace, layer: int, choice: Choice) -> Int[Tensor, "T K"]:
+    """All experts a token could be given, the best first: every smaller K takes a part of it from the left."""
+    return choice.route(trace, layer).expert_ids_TK.to(torch.int16)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class ChoiceComparison(Text):
+    """One layer's recorded logits under several choices.
+
+    `loads` over all tokens as one window; `kept_C` the share of recorded assignments that are still made;
+    `top_gate_C` the mean share of a token's weight that its heaviest expert has.
+    """
+
+    names: tuple[str, ...]
+    choices: tuple[Choice, ...]
+    loads: tuple[Load, ...]
+    kept_C: tuple[float, ...]
+    top_gate_C: tuple[float, ...]
+
+    def text(self) -> str:
+        """One line a choice."""
+        rows = [("", "max/mean", "95 % of chance", "cv", "dead", "kept", "heaviest gate", "choice")]
+        for name, choice, load, kept, top in zip(
+            self.names, self.choices, self.loads, self.kept_C, self.top_gate_C, strict=True
+        ):
+            low, high = (band.max_over_mean for band in (load.null.low, load.null.high))
+            rows.append(
+                (
+                    name,
+                    f"{load.metrics.max_over_mean:.2f}",
+                    f"{low:.2f} - {high:.2f}",
+                    f"{load.metrics.cv:.3f}",
+                    f"{load.metrics.dead_experts:.0f}",
+                    f"{100 * kept:.0f} %",
+                    f"{100 * top:.0f} %",
+                    str(choice),
+                )
+            )
+        load = self.loads[0]
+        return f"open-loop · layer {load.layer} · {load.tokens:,} tokens · {load.domain} · one rank\n{table(rows)}"
+
+
+def compare_choices(
+    trace: RoutingTrace, layer: int, choices: Mapping[str, Choice], *, domain: str | None = None
+) -> ChoiceComparison:
+    """Route one layer's recorded logits under each choice.
+
+    Raises `ValueError` for a trace without logits and for settings that cannot choose.
+    """
+    part = trace.select(layer=layer, domain=domain)
+    recorded_TE = _chosen(part.expert_ids_LTK[0].long(), part)
+    loads, kept, top = [], [], []
+    for choice in choices.values():
+        routing = choice.route(part, layer)
+        chosen_TE = _chosen(routing.expert_ids_TK, part)
+        kept.append(float((recorded_TE & chosen_TE).sum() / recorded_TE.sum()))
+        gates_TK = routing.gates_TK[part.valid_T]
+        top.append(float((gates_TK.amax(dim=1) / gates_TK.sum(dim=1)).mean()))
+        loads.append(window_loads(rerouted(part, choice), domain=domain).loads[0])
+    return ChoiceComparison(tuple(choices), tuple(choices.values()), tuple(loads), tuple(kept), tuple(top))
+
+
+def _chosen(ids_TK: Int[Tensor, "T K"], trace: RoutingTrace) -> Bool[Tensor, "T E"]:
+    """Which experts each valid token has."""
+    chosen_TE = torch.zeros(len(ids_TK), trace.num_experts + 1, dtype=torch.bool)
+    chosen_TE.scatter_(1, torch.where(ids_TK < 0, trace.num_experts, ids_TK), True)
+    return chosen_TE[:, :-1] & trace.valid_T[:, None]

@@ -1,0 +1,163 @@
+"""Loads over windows, as `study.load` measures them, for one domain only and with their spread: what sliders show."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from numpy.typing import NDArray
+
+from moe_lab.config import check_int
+from moe_lab.study.load import ALL_DOMAINS, Load, packing_order
+from moe_lab.study.metrics import LoadImbalance, NullBand, measure, null_band
+from moe_lab.study.trace import RoutingTrace
+from moe_lab.view.text import Text, table
+
+
+@dataclass(frozen=True, eq=False)
+class WindowLoads:
+    """The load of every layer over windows of one domain, or of all.
+
+    `loads` by layer; `low_LE`, `high_LE` the middle 90 % of windows of each expert's load / mean.
+    """
+
+    loads: tuple[Load, ...]
+    low_LE: Float[NDArray[np.float64], "L E"]
+    high_LE: Float[NDArray[np.float64], "L E"]
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        return tuple(load.layer for load in self.loads)
+
+
+def ratio(load: Load) -> Float[NDArray[np.float64], " E"]:
+    """Load / mean of every expert: 1 is its fair share."""
+    return load.shares_E.numpy() * len(load.shares_E)
+
+
+def window_loads(trace: RoutingTrace, *, domain: str | None = None, window: int | None = None) -> WindowLoads:
+    """Loads of `imbalance(trace, window)` for one domain, or all, and nothing else.
+
+    Documents come in the shuffled order of `imbalance`. A window longer than the text is cut to it; None is the
+    whole text. Raises `ValueError` for a domain that is not here, and where everything was dropped.
+    """
+    order_t = _valid_tokens(trace, domain)
+    tokens, windows, window_T = _windows(trace, order_t, window)
+    counts_LWE = trace.counts_by(window_T, windows).numpy()
+    if not counts_LWE.sum(axis=2).all():
+        raise ValueError(f"every assignment of a window of {domain or ALL_DOMAINS} was dropped: there is no load")
+    null = null_band(tokens, trace.top_k, trace.num_experts, windows=windows)
+    loads = tuple(
+        _load(layer, domain, tokens, trace.top_k, counts_WE, null)
+        for layer, counts_WE in zip(trace.info.layers, counts_LWE, strict=True)
+    )
+    ratio_LWE = counts_LWE / counts_LWE.mean(axis=2, keepdims=True)
+    low_LE, high_LE = np.quantile(ratio_LWE, (0.05, 0.95), axis=1)
+    return WindowLoads(loads, low_LE, high_LE)
+
+
+def _load(
+    layer: int, domain: str | None, tokens: int, top_k: int, counts_WE: Int[NDArray[np.int64], "W E"], null: NullBand
+) -> Load:
+    counts_E = torch.from_numpy(counts_WE.sum(axis=0))
+    return Load(
+        layer=layer,
+        domain=domain or ALL_DOMAINS,
+        tokens=tokens,
+        windows=len(counts_WE),
+        metrics=LoadImbalance(*measure(counts_WE).mean(axis=0).tolist()),
+        null=null,
+        shares_E=counts_E.double() / counts_E.sum(),
+        dropped=tokens * len(counts_WE) * top_k - int(counts_E.sum()),
+    )
+
+
+def _valid_tokens(trace: RoutingTrace, domain: str | None) -> Int[torch.Tensor, " t"]:
+    """Valid tokens of a domain, by document in a shuffled order."""
+    if domain is not None and domain not in trace.domains:
+        raise ValueError(f"domain={domain!r} is not in this trace: choose one of {', '.join(trace.domains)}")
+    order_T = packing_order(trace)
+    order_t = order_T[trace.valid_T[order_T]]
+    if domain is not None:
+        order_t = order_t[trace.domain_T[order_t] == trace.domains.index(domain)]
+    if not len(order_t):
+        raise ValueError(f"{domain or ALL_DOMAINS}: no valid token, nothing was routed")
+    return order_t
+
+
+def _windows(
+    trace: RoutingTrace, order_t: Int[torch.Tensor, " t"], window: int | None
+) -> tuple[int, int, Int[torch.Tensor, " T"]]:
+    """Tokens a window, windows, and each token's window (-1: none)."""
+    tokens = len(order_t)
+    if window is not None:
+        check_int("tokens per window", window, 1)
+        tokens = min(window, tokens)
+    windows = len(order_t) // tokens
+    window_T = torch.full((trace.num_tokens,), -1)
+    window_T[order_t[: windows * tokens]] = torch.arange(windows * tokens) // tokens
+    return tokens, windows, window_T
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class WindowSweep(Text):
+    """max/mean of one layer against the window size, S sizes.
+
+    `packed_S` mean over windows cut from whole documents in a shuffled order, `low_S`..`high_S` their middle
+    90 %; `mixed_S` the same tokens in random order, so that every window holds every kind of text.
+    """
+
+    layer: int
+    domain: str
+    tokens: int
+    sizes: tuple[int, ...]
+    packed_S: Float[NDArray[np.float64], " S"]
+    low_S: Float[NDArray[np.float64], " S"]
+    high_S: Float[NDArray[np.float64], " S"]
+    mixed_S: Float[NDArray[np.float64], " S"]
+    null_S: tuple[NullBand, ...]
+
+    @property
+    def where(self) -> str:
+        """What the numbers are of."""
+        return f"layer {self.layer} · {self.tokens:,} tokens · {self.domain} · one rank"
+
+    def text(self) -> str:
+        """max/mean by window size: documents packed, tokens mixed, chance."""
+        rows = [("tokens per window", "windows", "packed", "middle 90 %", "mixed", "chance", "95 % of chance")]
+        for i, (size, null) in enumerate(zip(self.sizes, self.null_S, strict=True)):
+            mean, low, high = (band.max_over_mean for band in (null.mean, null.low, null.high))
+            cells = (f"{self.packed_S[i]:.2f}", f"{self.low_S[i]:.2f} - {self.high_S[i]:.2f}", f"{self.mixed_S[i]:.2f}")
+            windows = self.tokens // size
+            rows.append((f"{size:,}", f"{windows:,}", *cells, f"{mean:.2f}", f"{low:.2f} - {high:.2f}"))
+        return f"max/mean · {self.where}\n{table(rows)}"
+
+
+def window_sweep(trace: RoutingTrace, layer: int, *, domain: str | None = None, smallest: int = 64) -> WindowSweep:
+    """max/mean of one layer for windows of `smallest`, twice that, ... valid tokens; chance is of one window.
+
+    The order of documents and that of mixed tokens have fixed seeds.
+    """
+    trace = trace.layer(layer)
+    packed_t = _valid_tokens(trace, domain)
+    mixed_t = packed_t[torch.from_numpy(np.random.default_rng(0).permutation(len(packed_t)))]
+    sizes = [smallest]
+    while sizes[-1] * 2 <= len(packed_t):
+        sizes.append(sizes[-1] * 2)
+    rows = []
+    for size in sizes:
+        packed_W, mixed_W = (_max_over_mean(trace, order_t, size) for order_t in (packed_t, mixed_t))
+        rows.append((packed_W.mean(), *np.quantile(packed_W, (0.05, 0.95)), mixed_W.mean()))
+    nulls = tuple(null_band(size, trace.top_k, trace.num_experts) for size in sizes)
+    packed_S, low_S, high_S, mixed_S = np.array(rows).T
+    where = (layer, domain or ALL_DOMAINS, len(packed_t), tuple(sizes))
+    return WindowSweep(*where, packed_S, low_S, high_S, mixed_S, nulls)
+
+
+def _max_over_mean(
+    trace: RoutingTrace, order_t: Int[torch.Tensor, " t"], window: int
+) -> Float[NDArray[np.float64], " W"]:
+    _, windows, window_T = _windows(trace, order_t, window)
+    return measure(trace.counts_by(window_T, windows)[0].numpy())[:, 0]

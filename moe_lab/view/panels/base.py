@@ -1,0 +1,141 @@
+"""What panels share: controls, pictures, one line of numbers, and errors that stay inside.
+
+A panel is `compute(params) -> result` (pure, cached), pictures of the result, and this thin shell. It sets
+`Image.value` and `HTML.value` only, so a change shows at once, nothing flickers, and it can be tested without a
+browser by setting `panel.layer.value = 3`.
+"""
+
+from __future__ import annotations
+
+import base64
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from html import escape
+from typing import Any
+
+import ipywidgets as widgets
+
+from moe_lab.view import theme
+
+_CSS = """<style>
+.moe-panel { max-width: 1500px; }
+.moe-line, .moe-pictures { flex-flow: row wrap; align-items: center; gap: 2px 14px; }
+.moe-pictures { align-items: stretch; margin: 4px 0; }
+.moe-pictures > * { flex: 1 1 300px; min-width: 0; max-width: 490px; }
+.moe-pictures img { width: 100%; height: auto; object-fit: contain; }
+.moe-text { height: 250px; overflow-y: auto; background: #fff; }
+.moe-stale { opacity: 0.35; }
+.moe-numbers { font-variant-numeric: tabular-nums; }
+.moe-panel textarea { width: 100%; font-family: monospace; font-size: 12px; }
+</style>"""
+
+
+def control(kind: type[widgets.Widget], label: str, width: str, **settings: Any) -> Any:
+    """A control whose label takes only the room it needs."""
+    return kind(description=label, style={"description_width": "initial"}, layout={"width": width}, **settings)
+
+
+class Panel:
+    """Lines of controls over a row of pictures over numbers and buttons.
+
+    Subclasses make their controls and pictures, call `super().__init__`, then `watch` the controls. They
+    implement `_update()`, which computes, draws and sets `numbers`, and raises `ValueError` for what cannot be.
+    Displayed in a notebook, a panel is its widget; stored, it is a picture and its text.
+    """
+
+    def __init__(self, lines: Sequence[Sequence[widgets.Widget]], pictures: Sequence[widgets.Widget]) -> None:
+        self._lock = threading.RLock()  # widget callbacks run on a thread of their own
+        self._held = False
+        self.error = ""
+        self.numbers, self.clock, self.message, self.shelf = (widgets.HTML() for _ in range(4))
+        self.buttons = widgets.HBox()
+        self._pictures = widgets.HBox(list(pictures))
+        self._pictures.add_class("moe-pictures")
+        self.numbers.add_class("moe-numbers")
+        rows = [widgets.HBox(list(line)) for line in lines]
+        reading = widgets.HBox([self.numbers, self.clock])
+        for row in (*rows, reading, self.buttons):
+            row.add_class("moe-line")
+        style = widgets.HTML(_CSS, layout={"display": "none"})
+        parts = [style, *rows, self.message, self._pictures, reading, self.buttons, self.shelf]
+        self.widget = widgets.VBox(parts)
+        self.widget.add_class("moe-panel")
+
+    def watch(self, *controls: widgets.Widget) -> None:
+        """Refresh whenever one of these changes."""
+        for control in controls:
+            control.observe(lambda change: self.refresh(), names="value")
+
+    def button(self, name: str, tooltip: str, pressed: Any) -> widgets.Button:
+        """A button below the pictures."""
+        made = widgets.Button(description=name, tooltip=tooltip, layout={"width": "auto"})
+        made.on_click(lambda button: pressed())
+        self.buttons.children = (*self.buttons.children, made)
+        return made
+
+    @contextmanager
+    def hold(self) -> Iterator[None]:
+        """Several controls change as one."""
+        with self._lock:
+            outer, self._held = self._held, True
+            try:
+                yield
+            finally:
+                self._held = outer
+
+    def refresh(self) -> None:
+        """Show what the controls say now; what cannot be is said in the panel, over the last good pictures."""
+        with self._lock:
+            if self._held:
+                return
+            began = time.perf_counter()
+            try:
+                self._update()
+            except ValueError as error:
+                self.fail(error)
+                return
+            self._say("")
+            self.shelf.value = ""
+            self.clock.value = f'<span style="color:{theme.MUTED}">{1e3 * (time.perf_counter() - began):.0f} ms</span>'
+
+    def fail(self, error: Exception) -> None:
+        """Say what went wrong; pictures and numbers on the panel are stale until it is put right."""
+        self._say(str(error))
+
+    def _say(self, error: str) -> None:
+        self.error = error
+        for stale in (self._pictures, self.numbers):
+            (stale.add_class if error else stale.remove_class)("moe-stale")
+        self.message.value = (
+            f'<div role="alert" style="color:{theme.MORE};line-height:1.4">⚠ {escape(error)}</div>' if error else ""
+        )
+
+    def offer(self, name: str, kind: str, content: bytes) -> None:
+        """Put a download on the shelf below the buttons: the bytes are in the link, nothing is written."""
+        link = f"data:{kind};base64,{base64.b64encode(content).decode()}"
+        self.shelf.value = f'<a download="{escape(name)}" href="{link}">{escape(name)}</a> ({len(content):,} bytes)'
+
+    def _update(self) -> None:
+        raise NotImplementedError
+
+    def text(self) -> str:
+        """What the panel shows, as a rounded table."""
+        raise NotImplementedError
+
+    def csv(self) -> str:
+        """What the panel shows, as numbers."""
+        raise NotImplementedError
+
+    def png(self) -> bytes:
+        """What the panel shows, as one picture."""
+        raise NotImplementedError
+
+    def __repr__(self) -> str:
+        return f"⚠ {self.error}" if self.error else self.text()
+
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> tuple[dict[str, Any], dict[str, Any]]:
+        bundle = dict(self.widget._repr_mimebundle_() or {})
+        bundle |= {"text/plain": repr(self), "image/png": base64.b64encode(self.png()).decode()}
+        return bundle, {"image/png": {"width": theme.PANEL_WIDTH}}

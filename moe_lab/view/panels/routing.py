@@ -1,0 +1,329 @@
+"""The routing panel: whose tokens, which layer, how they would choose, and who gets the load."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from html import escape
+from pathlib import Path
+from typing import NamedTuple
+
+import ipywidgets as widgets
+
+from moe_lab import data
+from moe_lab.config import check_choice
+from moe_lab.study.load import ALL_DOMAINS, Load
+from moe_lab.study.trace import Document, RoutingTrace
+from moe_lab.view import plots, theme
+from moe_lab.view.choices import Choice, rerouted
+from moe_lab.view.loads import WindowLoads, window_loads
+from moe_lab.view.pages import Reader, read_document, tint
+from moe_lab.view.panels import routing_forms as forms
+from moe_lab.view.panels.base import Panel, control
+from moe_lab.view.panels.choosing import ChoiceControls
+from moe_lab.view.pictures import HeatPicture, LoadPicture
+from moe_lab.view.tokens import TintedText, byte_pieces
+
+SMALLEST_WINDOW = 16
+PAGES = "pages"  # what names of shipped traces that come with text end in
+
+
+@dataclass(frozen=True, kw_only=True)
+class Params:
+    """Everything the panel shows follows from this.
+
+    `domain` None is all of them; `choice` None is the recorded one. `pages` is a trace whose text can be read,
+    with `read`. Traces are compared by identity.
+    """
+
+    trace: RoutingTrace
+    layer: int
+    domain: str | None
+    window: int
+    choice: Choice | None
+    pages: RoutingTrace | None
+    read: Reader
+
+
+class View(NamedTuple):
+    """Loads of every layer, that of the chosen one, and its text if there is any to show."""
+
+    loads: WindowLoads
+    load: Load
+    tinted: TintedText | None
+
+
+@lru_cache(maxsize=64)
+def compute(params: Params) -> View:
+    """Route, count and measure. Raises `ValueError` for a layer, a choice or a window that cannot be."""
+    trace, layer = params.trace, params.layer
+    if layer not in trace.info.layers:
+        raise ValueError(f"layer={layer} was not recorded: choose one of {', '.join(map(str, trace.info.layers))}")
+    loads = _loads(trace, params.choice, params.domain, params.window)
+    return View(loads, loads.loads[trace.info.layers.index(layer)], _tinted(params))
+
+
+@lru_cache(maxsize=64)
+def _loads(trace: RoutingTrace, choice: Choice | None, domain: str | None, window: int) -> WindowLoads:
+    chosen = trace if choice is None else rerouted(trace, choice)
+    return window_loads(chosen, domain=domain, window=window)
+
+
+def _tinted(params: Params) -> TintedText | None:
+    pages, domain = params.pages, params.domain
+    if pages is None or (domain is not None and domain not in pages.domains):
+        return None
+    return tint(pages, params.layer, choice=params.choice, domain=domain, read=params.read)
+
+
+@dataclass(frozen=True, eq=False)
+class Pinned:
+    """A load to compare with, and what it is of."""
+
+    load: Load
+    words: str
+
+
+class RoutingPanel(Panel):
+    """Steer the routing of a recorded trace.
+
+    `source` is the name of a shipped trace or of one in `sources`, or a trace itself. `texts` gives the text of
+    documents that are neither pages of ours nor files of this environment, by name: bytes for a model that reads
+    bytes, else a sequence with the bytes of each token.
+    """
+
+    def __init__(
+        self,
+        source: str | RoutingTrace = "balanced",
+        *,
+        sources: Mapping[str, RoutingTrace] | None = None,
+        texts: Mapping[str, bytes | Sequence[bytes]] | None = None,
+    ) -> None:
+        self._traces: dict[str, RoutingTrace | None] = dict(sources or {})  # None: shipped, opened when chosen
+        self._traces |= {name: None for name in _shipped_names() if name not in self._traces}
+        if isinstance(source, RoutingTrace):
+            name = source.info.model or "trace"
+            self._traces, source = {name: source, **self._traces}, name
+        check_choice("source", source, tuple(self._traces))
+        self._texts = {
+            name: byte_pieces(text) if isinstance(text, bytes) else tuple(text) for name, text in (texts or {}).items()
+        }
+        self._make_controls(source)
+        self.load_image, self.heat_image = (widgets.Image(format="png") for _ in range(2))
+        self.tokens = widgets.HTML()
+        self.tokens.add_class("moe-text")
+        where = (self.source, self.file, self.layer, self.domain, self.window, self.window_slider)
+        super().__init__([where, self.choosing.widgets], [self.load_image, self.heat_image, self.tokens])
+        self._pinned: Pinned | None = None
+        self.button("pin baseline", "outline this load and compare what follows with it", self.pin)
+        self.button("unpin", "forget the baseline", self.unpin)
+        self.button("copy as MoEConfig", "Python for a layer that chooses like this", self._offer_config)
+        self.button("CSV", "the numbers shown", lambda: self.offer("routing.csv", "text/csv", self.csv().encode()))
+        self.button("PNG", "the pictures shown", lambda: self.offer("routing.png", "image/png", self.png()))
+        self._open()
+        self._connect()
+        self.refresh()
+
+    # controls
+
+    def _make_controls(self, source: str) -> None:
+        names = list(self._traces)
+        self.source = control(widgets.Dropdown, "source", "200px", options=names, value=source)
+        self.file = control(widgets.Text, "your trace", "230px", continuous_update=False)
+        self.file.placeholder = "path of a .safetensors"
+        self.layer = control(widgets.IntSlider, "layer", "230px", min=0, max=1)
+        self.domain = control(widgets.Dropdown, "domain", "170px", options=[(ALL_DOMAINS, None)])
+        bounds = {"min": SMALLEST_WINDOW, "max": 2**31 - 1}
+        self.window = control(widgets.BoundedIntText, "tokens per window", "190px", value=4096, **bounds)
+        self.window_slider = control(widgets.IntSlider, "", "110px", min=0, max=1, readout=False)
+        self.choosing = ChoiceControls()
+        self.preset, self.top_k, self.score, self.groups, self.bias, self.forced = self.choosing.widgets
+
+    def _connect(self) -> None:
+        self.source.observe(lambda change: self._reopen(), names="value")
+        self.file.observe(lambda change: self._open_file(), names="value")
+        self.window_slider.observe(lambda change: self._slide_window(), names="value")
+        self.preset.observe(lambda change: self._take_preset(), names="value")
+        for chosen in self.choosing.widgets[1:]:
+            chosen.observe(lambda change: self._name_choice(), names="value")
+        self.watch(self.layer, self.domain, self.window, *self.choosing.widgets[1:])
+
+    def _open(self) -> None:
+        """Fit every control to the chosen source, as recorded, and make pictures of its size."""
+        name = self.source.value
+        trace = self._traces[name] = self._traces[name] or data.open(name)
+        layers, tokens = trace.info.layers, trace.num_tokens
+        self._sizes = [size for size in (1 << n for n in range(4, 31)) if size < tokens] + [tokens]
+        with self.hold():
+            _bound(self.layer, min(layers), max(layers))
+            if self.layer.value not in layers:
+                self.layer.value = layers[0]
+            self.domain.options = [(ALL_DOMAINS, None), *((domain, domain) for domain in trace.domains)]
+            _bound(self.window_slider, 0, len(self._sizes) - 1)
+            self.window.max = tokens
+            self.window.value = min(4096, tokens)
+            self.choosing.fit(trace)
+        self.trace, self._pages = trace, _with_text(trace)
+        self._load_picture = LoadPicture(trace.num_experts, _ceiling(trace))
+        self._heat_picture = HeatPicture(layers, trace.num_experts)
+        self._drawn: dict[str, object] = {}
+        if trace.logits_LTE is not None:  # rank experts now, so that the first move of a slider does not wait
+            rerouted(trace, replace(Choice.recorded(trace), top_k=trace.top_k % trace.num_experts + 1))
+
+    def _reopen(self) -> None:
+        if self._held:
+            return
+        try:
+            self._open()
+        except ValueError as error:
+            self.fail(error)
+        else:
+            self.refresh()
+
+    def _open_file(self) -> None:
+        path = Path(self.file.value.strip()).expanduser()
+        if not self.file.value.strip():
+            return
+        try:
+            trace = RoutingTrace.load(path)
+        except ValueError as error:
+            self.fail(error)
+            return
+        self._traces[path.name] = trace
+        with self.hold():
+            self.source.options = list(self._traces)
+            self.source.value = path.name
+        self._reopen()
+
+    def _slide_window(self) -> None:
+        if not self._held:
+            self.window.value = self._sizes[self.window_slider.value]
+
+    def _take_preset(self) -> None:
+        if not self._held:
+            with self.hold():
+                self.choosing.take_preset()
+            self.refresh()
+
+    def _name_choice(self) -> None:
+        if not self._held:
+            with self.hold():
+                self.choosing.name()
+
+    # compute and draw
+
+    def params(self) -> Params:
+        """What the controls say."""
+        return Params(
+            trace=self.trace,
+            layer=self.layer.value,
+            domain=self.domain.value,
+            window=self.window.value,
+            choice=self.choosing.value(),
+            pages=self._pages,
+            read=self._read,
+        )
+
+    def _read(self, document: Document) -> Sequence[bytes] | None:
+        return self._texts.get(document.name) or read_document(document)
+
+    def _update(self) -> None:
+        params = self.params()
+        view = compute(params)
+        recorded = Choice.recorded(self.trace)
+        words = (
+            f"{recorded}, as recorded"
+            if params.choice is None
+            else f"{params.choice}, open-loop (recorded: {recorded})"
+        )
+        pinned = self._pinned
+        baseline = (pinned.load, pinned.words) if pinned else (None, "")
+        self.shown = forms.Shown(self.source.value, words, *view, *baseline)
+        with self.hold():
+            nearest = [abs(size - view.load.tokens) for size in self._sizes]
+            self.window_slider.value = nearest.index(min(nearest))
+        self._draw()
+        self.numbers.value = forms.line(self.shown)
+
+    def _draw(self) -> None:
+        """Redraw the pictures whose input changed."""
+        shown, layer = self.shown, self.layer.value
+        row = shown.loads.layers.index(layer)
+        if self._changed("load", (shown.loads, layer, self._pinned)):
+            spread = (shown.loads.low_LE[row], shown.loads.high_LE[row])
+            self.load_image.value = self._load_picture.update(shown.load, spread=spread, baseline=shown.baseline).png()
+        if self._changed("heat", (shown.loads, layer)):
+            self.heat_image.value = self._heat_picture.update(shown.loads.loads, layer).png()
+        if self._changed("tokens", (shown.tinted, layer)):
+            self.tokens.value = NO_TEXT if shown.tinted is None else shown.tinted.html()
+
+    def _changed(self, picture: str, key: object) -> bool:
+        before, self._drawn[picture] = self._drawn.get(picture), key
+        return before != key
+
+    # what the buttons do
+
+    def pin(self) -> None:
+        """Make what is shown the baseline."""
+        self._pinned = Pinned(self.shown.load, self.shown.words)
+        self.refresh()
+
+    def unpin(self) -> None:
+        """Forget the baseline."""
+        self._pinned = None
+        self.refresh()
+
+    def config(self) -> str:
+        """Python that makes a layer which chooses as the panel does."""
+        return forms.config_code(self.params().choice or Choice.recorded(self.trace), self.trace.num_experts)
+
+    def _offer_config(self) -> None:
+        code = escape(self.config())
+        self.shelf.value = f'<textarea readonly rows="11" onclick="this.select()">{code}</textarea>'
+
+    def text(self) -> str:
+        return forms.text(self.shown)
+
+    def csv(self) -> str:
+        return forms.csv_text(self.shown)
+
+    def png(self) -> bytes:
+        pictures = [self.load_image.value, self.heat_image.value]
+        if self.shown.tinted is not None:
+            pictures.append(theme.png(plots.tokens(self.shown.tinted)))
+        return forms.picture(self.shown, pictures)
+
+
+NO_TEXT = "No text to show: it is neither in this environment nor among the pages that come with moe_lab."
+
+
+def _shipped_names() -> tuple[str, ...]:
+    try:
+        return tuple(name for name in data.names() if not name.endswith(PAGES))
+    except FileNotFoundError:  # a wheel without data still draws one's own traces
+        return ()
+
+
+def _with_text(trace: RoutingTrace) -> RoutingTrace:
+    """The pages of the same model, if they are shipped; else the trace itself, whose files may be here."""
+    for name in data.names() if _shipped_names() else ():
+        if name.endswith(PAGES):
+            pages = data.open(name)
+            if (pages.info.model, pages.info.layers) == (trace.info.model, trace.info.layers):
+                return pages
+    return trace
+
+
+def _ceiling(trace: RoutingTrace) -> float:
+    """A ceiling over the recorded load / mean of every layer and domain."""
+    counts_LGE = trace.counts_by(trace.domain_T, len(trace.domains)).double()
+    mean_LG1 = counts_LGE.mean(dim=2, keepdim=True).clamp(min=1)
+    return min(plots.ceiling_for(float((counts_LGE / mean_LG1).max())), 8)
+
+
+def _bound(slider: widgets.IntSlider, low: int, high: int) -> None:
+    """Move both bounds; each alone may not pass the other."""
+    slider.max = max(high, slider.max)
+    slider.min = low
+    slider.max = high
