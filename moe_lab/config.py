@@ -36,6 +36,10 @@ def check_bool(name: str, value: object) -> None:
         raise ValueError(f"{name}={value!r} must be True or False")
 
 
+def _is_finite(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
 @dataclass(frozen=True, kw_only=True)
 class RouterConfig:
     """How logits become a choice of experts and their gates.
@@ -72,7 +76,7 @@ class RouterConfig:
         check_choice("force_load_balance", self.force_load_balance, (None, *get_args(ForcedBalance)))
         check_bool("route_norm", self.route_norm)
         check_bool("gate_bias", self.gate_bias)
-        if not (isinstance(self.route_scale, (int, float)) and math.isfinite(self.route_scale)):
+        if not _is_finite(self.route_scale):
             raise ValueError(f"route_scale={self.route_scale!r} must be a finite number")
         if (self.num_expert_groups is None) != (self.num_limited_groups is None):
             raise ValueError(
@@ -148,7 +152,7 @@ class MoEConfig:
             raise ValueError(f"router={self.router!r} must be a RouterConfig")
         self.router.check(self.num_experts, self.top_k)
         coeff = self.load_balance_coeff
-        if coeff is not None and not (isinstance(coeff, (int, float)) and 0 < coeff < math.inf):
+        if coeff is not None and not (_is_finite(coeff) and coeff > 0):
             raise ValueError(f"load_balance_coeff={coeff!r} must be a positive number, or None for no balancing")
 
     def replace(self, **changes: Any) -> MoEConfig:
