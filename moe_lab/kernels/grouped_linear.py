@@ -13,17 +13,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+def _dense(rows: Tensor) -> Tensor:
+    # No rows count as contiguous whatever their strides, which grouped_mm refuses.
+    return rows.contiguous() if rows.numel() else rows.clone(memory_format=torch.contiguous_format)
+
+
 def grouped_linear(x_RI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
     """(R, O): rows ends[e-1] .. ends[e] of x times weight[e] transposed. Accumulates in float32, rounds once."""
     if x_RI.dtype == torch.bfloat16:
-        return F.grouped_mm(x_RI.contiguous(), weight_EOI.mT, offs=ends_E)
+        return F.grouped_mm(_dense(x_RI), weight_EOI.mT, offs=ends_E)
     return grouped_linear_op(x_RI, weight_EOI, ends_E)
 
 
 @torch.library.custom_op("moe_lab::grouped_linear", mutates_args=())
 def grouped_linear_op(x_RI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
     """`grouped_linear` in any dtype that grouped_mm takes; gradients may have any strides."""
-    return F.grouped_mm(x_RI.contiguous(), weight_EOI.mT, offs=ends_E)
+    return F.grouped_mm(_dense(x_RI), weight_EOI.mT, offs=ends_E)
 
 
 @grouped_linear_op.register_fake
@@ -34,7 +39,7 @@ def _(x_RI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
 @torch.library.custom_op("moe_lab::grouped_linear_weight_grad", mutates_args=())
 def grouped_linear_weight_grad(grad_RO: Tensor, x_RI: Tensor, ends_E: Tensor) -> Tensor:
     """(E, O, I): each expert's grad transposed times its rows; exactly 0 for an expert without rows."""
-    return F.grouped_mm(grad_RO.contiguous().mT, x_RI.contiguous(), offs=ends_E)
+    return F.grouped_mm(_dense(grad_RO).mT, _dense(x_RI), offs=ends_E)
 
 
 @grouped_linear_weight_grad.register_fake
