@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from reference import assert_float64, assert_within_budget, loop_over_tokens, run
 from torch.utils.checkpoint import checkpoint
 
 from moe_lab import MoE, MoEConfig, RouterConfig
+from reference import assert_float64, assert_within_budget, loop_over_tokens, run
 
 D, F, E, K, T = 16, 24, 6, 2, 32
 BASE = MoEConfig(dim=D, hidden_dim=F, num_experts=E, top_k=K, num_shared_experts=1)

@@ -1,9 +1,9 @@
 import pytest
 import torch
-from reference import relative_error
 
 from moe_lab.kernels.rows import combine_gather, combine_gather_backward, gather_rows
 from moe_lab.layer.plan import plan_local
+from reference import relative_error
 
 IDS_TK = torch.tensor([[2, 0], [-1, 2], [1, -1], [-1, -1], [0, 3]])
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]

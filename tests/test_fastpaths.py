@@ -1,0 +1,114 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from moe_lab import MoE, MoEConfig, fastpaths
+
+CONFIG = MoEConfig(dim=8, hidden_dim=8, num_experts=4, top_k=2)
+
+
+def test_what_ran_and_why():
+    x_TD = torch.randn(3, 8)
+    with fastpaths.record() as record:
+        MoE(CONFIG)(x_TD)
+        MoE(CONFIG).bfloat16()(x_TD.bfloat16())
+        MoE(CONFIG.replace(score_before_experts=True, combine="scatter_add"))(x_TD)
+    assert {name: entry.count for name, entry in record.entries.items()} == {
+        "score_after_experts": 1,
+        "score_after_experts_bf16": 1,
+        "score_before_experts": 1,
+        "scatter_add_autograd_or_alias": 1,
+    }
+    assert record.count("host_sync") == 0  # nothing to wait for on a CPU
+
+
+def test_reasons_are_counted_apart_and_printed():
+    with fastpaths.record() as record:
+        for reason in ("counts differ", "counts differ", "grad is on"):
+            fastpaths.note("host_sync", reason)
+        fastpaths.note("score_before_experts", lambda: "formed while recording")
+    assert record.count("host_sync") == 3
+    assert record.entries["host_sync"].reasons == {"counts differ": 2, "grad is on": 1}
+    assert str(record).splitlines() == [
+        "host_sync                  2  counts differ",
+        "                           1  grad is on",
+        "score_before_experts       1  formed while recording",
+    ]
+
+
+def test_nothing_is_formed_or_kept_while_nobody_records():
+    fastpaths.note("host_sync", lambda: pytest.fail("formed a reason for nobody"))
+    with fastpaths.record() as record:
+        pass
+    fastpaths.note("host_sync", "after the block")
+    assert record.entries == {}
+    assert str(record) == "no decisions recorded"
+
+
+def test_records_nest_and_close_in_any_order():
+    with fastpaths.record() as outer:
+        fastpaths.note("host_sync", "outside")
+        with fastpaths.record() as inner:
+            fastpaths.note("host_sync", "inside")
+        fastpaths.note("host_sync", "outside")
+    assert outer.entries["host_sync"].reasons == {"outside": 2, "inside": 1}
+    assert inner.entries["host_sync"].reasons == {"inside": 1}
+
+    first, second = fastpaths.record(), fastpaths.record()
+    one, two = first.__enter__(), second.__enter__()  # equal while empty
+    first.__exit__(None, None, None)
+    fastpaths.note("host_sync", "only the second is open")
+    second.__exit__(None, None, None)
+    assert (one.count("host_sync"), two.count("host_sync")) == (0, 1)
+
+
+def test_an_error_ends_the_record():
+    with pytest.raises(RuntimeError, match="inside"), fastpaths.record() as record:
+        raise RuntimeError("inside")
+    fastpaths.note("host_sync", "afterwards")
+    assert record.entries == {}
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(ValueError, match=r"^fast path 'warp_drive' is not known: choose one of .*host_sync"):
+        fastpaths.Record().count("warp_drive")
+    with fastpaths.record(), pytest.raises(ValueError, match=r"^fast path 'warp_drive' is not known"):
+        fastpaths.note("warp_drive", "")
+
+
+def test_a_record_changes_nothing():
+    moe, x_TD = MoE(CONFIG), torch.randn(5, 8)
+    without = moe(x_TD)
+    with fastpaths.record():
+        assert torch.equal(moe(x_TD), without)
+
+
+ENVIRONMENTS = """
+import importlib, os
+from moe_lab import fastpaths
+
+fastpaths.note("host_sync", "from the start")
+for wish, rank in [("0", "0"), ("", "0"), ("rank0", "1"), ("rank0", "0"), ("all", "1"), ("yes", "0")]:
+    os.environ |= {"MOE_LAB_FASTPATHS": wish, "RANK": rank}
+    importlib.reload(fastpaths)
+    fastpaths.note("host_sync", f"{wish} in rank {rank}")
+"""
+
+
+def test_the_environment_records_the_whole_process():
+    env = os.environ | {"MOE_LAB_FASTPATHS": "1", "PYTHONPATH": str(Path(fastpaths.__file__).parent.parent)}
+    done = subprocess.run([sys.executable, "-c", ENVIRONMENTS], env=env, capture_output=True, text=True)
+    assert done.stdout.splitlines() == [  # at exit, the last first
+        "moe_lab fast paths, rank 1",
+        "host_sync       1  all in rank 1",
+        "moe_lab fast paths, rank 0",
+        "host_sync       1  rank0 in rank 0",
+        "moe_lab fast paths, rank 0",
+        "host_sync       1  from the start",
+    ]
+    assert "ValueError: MOE_LAB_FASTPATHS='yes' is not known: choose 0, 1, rank0 or all" in done.stderr
+    assert done.returncode == 1
