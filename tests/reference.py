@@ -74,6 +74,7 @@ def loop_over_tokens(moe: MoE, x: Tensor, ids_TK: Tensor, probe: Tensor, dtype: 
 
 def relative_error(got: Tensor, exact: Tensor) -> float:
     """Norm of the difference over the norm of the exact; of the difference alone where the exact is zero."""
+    got, exact = got.detach(), exact.detach()
     norm = exact.double().norm()
     return float((got.double() - exact.double()).norm() / (norm if norm > 0 else 1))
 
