@@ -4,9 +4,9 @@ from importlib import import_module
 
 import pytest
 import torch
-from reference import relative_error
 
 from moe_lab import MoE, MoEConfig, RouterConfig, TokenChoiceTopKRouter
+from reference import relative_error
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed: pip install moe-lab[peers]")
 
