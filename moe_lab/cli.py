@@ -1,4 +1,4 @@
-"""The command line: `moe-lab lab | corpus | train | record`.
+"""The command line: `moe-lab lab | corpus | train | record | report`.
 
 `lab` lives here; every other command is a module of `moe_lab.jobs`, imported only when it is chosen, that
 offers `add_arguments(parser)` and `main(args)`. Bad input is a `ValueError`, shown as a usage error.
@@ -20,7 +20,8 @@ DEFAULT_PORT = 8888
 JOBS = {
     "corpus": "collect the training text from this Python environment",
     "train": "train the small MoE language model",
-    "record": "record routing traces of the trained model over held-out text",
+    "record": "record routing traces of a trained model over held-out text",
+    "report": "measure a trained model: bits per byte beside gzip, what its experts know of the text",
 }
 
 
@@ -67,7 +68,7 @@ def lab_main(args: argparse.Namespace) -> None:
         raise ValueError("JupyterLab is not installed: pip install 'moe-lab[lab]'")
     command = lab_command(notebook_root(), args.port, browser=not args.no_browser)
     sys.stdout.flush()
-    os.execv(command[0], [*command, *args.jupyter])
+    os.execve(command[0], [*command, *args.jupyter], lab_environment())
 
 
 def lab_command(root: Path, port: int | None, *, browser: bool) -> list[str]:
@@ -83,8 +84,6 @@ def lab_command(root: Path, port: int | None, *, browser: bool) -> list[str]:
         f"--ServerApp.port={DEFAULT_PORT if port is None else port}",
         f"--LabApp.default_url=/lab/tree/{FIRST_NOTEBOOK}",
         "--Application.log_level=WARN",
-        "--LabApp.news_url=None",
-        "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate",
         "--LabApp.extension_manager=readonly",
     ]
     if port is not None:
@@ -94,6 +93,12 @@ def lab_command(root: Path, port: int | None, *, browser: bool) -> list[str]:
     if hasattr(os, "geteuid") and os.geteuid() == 0:
         command.append("--allow-root")
     return command
+
+
+def lab_environment() -> dict[str, str]:
+    """This environment, where JupyterLab also reads `labconfig/` of this package: no news, no update checks."""
+    paths = [str(Path(__file__).resolve().parent), os.environ.get("JUPYTER_CONFIG_PATH", "")]
+    return os.environ | {"JUPYTER_CONFIG_PATH": os.pathsep.join(filter(None, paths))}
 
 
 def notebook_root() -> Path:

@@ -78,7 +78,9 @@ def test_the_lab_opens_the_folder_it_is_started_in(tmp_path, monkeypatch):
     (tmp_path / cli.FIRST_NOTEBOOK).touch()
     monkeypatch.chdir(tmp_path)
     started = []
-    monkeypatch.setattr(os, "execv", lambda path, argv: started.append(argv))
+    monkeypatch.setattr(os, "execve", lambda path, argv, environment: started.extend((argv, environment)))
+    monkeypatch.setenv("JUPYTER_CONFIG_PATH", "mine")
     cli.main(["lab", "--no-browser", "--", "--ServerApp.shutdown_no_activity_timeout=60"])
     assert f"--ServerApp.root_dir={tmp_path}" in started[0]
     assert started[0][-1] == "--ServerApp.shutdown_no_activity_timeout=60"
+    assert started[1]["JUPYTER_CONFIG_PATH"].split(os.pathsep)[1:] == ["mine"]

@@ -31,7 +31,7 @@ FLAGS = [
     "--disable-component-update",
     "--disable-sync",
 ]
-PATIENCE = 120  # seconds for anything that has to come
+PATIENCE = 60  # seconds for anything that has to come
 ADDRESS = re.compile(r"http://127\.0\.0\.1:\d+/lab/tree/(\S+)\?token=\w+")
 WHOLE_NOTEBOOK = '{"windowingMode": "none"}'  # else JupyterLab draws only the cells in view
 

@@ -73,6 +73,12 @@ def test_the_harness_sees_a_slider_change_picture_and_numbers(page, scratch_lab)
     assert (before.text, after.text) == ("top 3", "top 2")
 
 
+def test_the_lab_asks_the_reader_nothing(page, scratch_lab):
+    harness.open_notebook(page, scratch_lab, "01_routing.ipynb")
+    page.wait_for_timeout(2000)  # JupyterLab asks about news a moment after it is ready
+    assert page.locator(".Toastify__toast, .jp-Dialog").all_inner_texts() == []
+
+
 def test_the_harness_sees_a_widget_without_state(page, scratch_lab):
     harness.open_notebook(page, scratch_lab, "orphan.ipynb")
     assert harness.errors(page) == ["Error displaying widget: model not found"]
