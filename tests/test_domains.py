@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from test_trace import OWN
 
 from moe_lab.study.domains import (
     Histograms,
@@ -14,6 +13,7 @@ from moe_lab.study.domains import (
     nearest_centroid,
 )
 from moe_lab.study.trace import Document, RoutingTrace, TraceInfo
+from test_trace import OWN
 
 LENGTH = 40
 

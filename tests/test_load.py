@@ -5,11 +5,11 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from test_trace import DOCUMENTS, OWN, make_trace
 
 from moe_lab.study.load import ALL_DOMAINS, imbalance
 from moe_lab.study.metrics import load_imbalance, null_band
 from moe_lab.study.trace import Document, RoutingTrace, TraceInfo
+from test_trace import DOCUMENTS, OWN, make_trace
 
 
 def long_trace(domains=("python", "prose"), tokens=600, skew=0.0):
