@@ -59,11 +59,3 @@ def bits(model: MoELM, texts: Sequence[UInt8[Tensor, " _"]], *, batch: int = 32)
         for (i, (start, first, end)), nats_L in zip(chunk, nats_BL, strict=True):
             out[i][first:end] = nats_L[first - 1 - start : end - 1 - start] / math.log(2)
     return out
-
-
-def bits_per_byte(model: MoELM, texts: Sequence[UInt8[Tensor, " _"]]) -> float:
-    """Total bits over total bytes of several texts, each scored by itself."""
-    length = sum(len(text_B) for text_B in texts)
-    if not length:
-        raise ValueError("bits per byte of no text is undefined: give at least one byte")
-    return sum(float(bits_B.sum()) for bits_B in bits(model, texts)) / length

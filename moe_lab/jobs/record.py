@@ -34,6 +34,9 @@ PAGES = {
 }
 
 
+LENGTHS = {"narrow": 256, "wide": 512}  # bytes of a passage
+
+
 class Passage(NamedTuple):
     """A span of text and where it is from."""
 
@@ -68,14 +71,15 @@ def page_passages(folder: Path) -> list[Passage]:
 
 @torch.inference_mode()
 def record_passages(
-    model: MoELM, passages: Sequence[Passage], *, gates: bool = True, logits: bool = True, source: str
+    model: MoELM, passages: Sequence[Passage], *, name: str, source: str, gates: bool = True, logits: bool = True
 ) -> RoutingTrace:
-    """Routing of every layer over each passage by itself: its first byte has no context."""
+    """Routing of every layer over each passage by itself: its first byte has no context. `name` is the model's."""
+    device = next(model.parameters()).device
     with record(model, gates=gates, logits=logits) as recorder:
-        for document, text_B in tqdm(passages, desc="record", unit="passage", file=sys.stderr):
+        for document, text_B in tqdm(passages, desc="record", unit="passage", file=sys.stderr, delay=2):
             recorder.begin(document)
-            model(text_B.long()[None])
-    return recorder.trace(model="moe_lab byte LM, 6 layers", source=source, licence="routing only, no text")
+            model(text_B.long()[None].to(device))
+    return recorder.trace(model=name, source=source, licence="Apache-2.0")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -90,15 +94,15 @@ def main(args: argparse.Namespace) -> None:
     """Write the three traces and print what they hold."""
     model = MoELM.load(args.lm) if args.lm else data.load_lm()
     split = load_corpus(args.corpus).heldout
-    source = "held-out text of a Python environment"
-    args.out.mkdir(parents=True, exist_ok=True)
+    name, text = f"moe_lab byte LM, {args.name}", "held-out text of a Python environment"
+    narrow, wide = heldout_passages(split, 8, LENGTHS["narrow"]), heldout_passages(split, 23, LENGTHS["wide"])
+    pages = page_passages(data.root() / "pages")
     traces = {
-        args.name: record_passages(model, heldout_passages(split, 8, 256), source=source),
-        f"{args.name}_wide": record_passages(
-            model, heldout_passages(split, 24, 512), gates=False, logits=False, source=source
-        ),
-        f"{args.name}_pages": record_passages(model, page_passages(data.root() / "pages"), source="data/pages"),
+        args.name: record_passages(model, narrow, name=name, source=text),
+        f"{args.name}_wide": record_passages(model, wide, name=name, source=text, gates=False, logits=False),
+        f"{args.name}_pages": record_passages(model, pages, name=name, source="data/pages"),
     }
+    args.out.mkdir(parents=True, exist_ok=True)
     for name, trace in traces.items():
         path = args.out / f"{name}.safetensors"
         trace.save(path)

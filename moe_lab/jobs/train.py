@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from moe_lab.config import check_choice, check_int
 from moe_lab.jobs.corpus_file import Corpus, load_corpus
-from moe_lab.jobs.evaluate import as_tensor, bits_per_byte
+from moe_lab.jobs.evaluate import as_tensor, bits
 from moe_lab.models.lm import SMALL, LMConfig, MoELM
 from moe_lab.study.metrics import load_imbalance
 
@@ -76,10 +76,14 @@ class TrainConfig:
 
 def heldout_bits(model: MoELM, corpus: Corpus, files: int | None = None) -> dict[str, float]:
     """Held-out bits per byte by domain and over `all`, over the first `files` files of each (None: all of them)."""
-    texts = {d: [as_tensor(t) for t in islice(corpus.heldout.texts(d), files)] for d in corpus.heldout.domains}
-    texts["all"] = [text_B for domain in texts.values() for text_B in domain]
     model.eval()
-    return {domain: bits_per_byte(model, of_domain) for domain, of_domain in texts.items()}
+    by_domain = {
+        domain: torch.cat(bits(model, [as_tensor(text) for text in islice(corpus.heldout.texts(domain), files)]))
+        for domain in corpus.heldout.domains
+    }
+    return {
+        name: float(bits_B.mean()) for name, bits_B in (by_domain | {"all": torch.cat([*by_domain.values()])}).items()
+    }
 
 
 class Step(NamedTuple):
