@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, settings
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = {module.parent.name for module in (ROOT / "moe_lab").glob("*/*.py")}
 UNCHECKED = {"kernels"}  # a custom op's schema is read off its bare function
-jaxtyping.install_import_hook([f"moe_lab.{room}" for room in sorted(ROOMS - UNCHECKED)], "beartype.beartype")
+jaxtyping.install_import_hook([f"moe_lab.{room}" for room in sorted(ROOMS - UNCHECKED)], "typechecker.check")
 
 import torch  # noqa: E402  (after the hook, like everything that may import moe_lab)
 
