@@ -13,6 +13,7 @@ from moe_lab.layer.experts import GroupedExperts
 from moe_lab.layer.moe import MoE
 from moe_lab.layer.plan import DispatchPlan
 from moe_lab.layer.router import Routing, TokenChoiceTopKRouter
+from moe_lab.study.trace import RoutingTrace, record
 
 __all__ = [
     "DispatchPlan",
@@ -22,7 +23,9 @@ __all__ = [
     "MoEConfig",
     "RouterConfig",
     "Routing",
+    "RoutingTrace",
     "TokenChoiceTopKRouter",
     "data",
     "fastpaths",
+    "record",
 ]
