@@ -23,7 +23,7 @@ def synthetic_trace(
     bias: bool = True,
     domains: tuple[str, ...] = DOMAINS,
     seed: int = 0,
-    span: int = 250,
+    span: int = 125,
     skew: float = 0.8,
 ) -> RoutingTrace:
     """Logits = what the domain prefers + what the token's kind prefers + noise; documents of `span` tokens."""
@@ -72,5 +72,5 @@ def synthetic_trace(
 
 def _balance(logits_LTE: torch.Tensor, score_func: str) -> torch.Tensor:
     """A bias that roughly evens the load: experts are lowered by their mean score."""
-    scores_LE = score(logits_LTE, score_func).mean(dim=1)
+    scores_LE = torch.stack([score(logits_TE, score_func).mean(dim=0) for logits_TE in logits_LTE])
     return scores_LE.mean(dim=1, keepdim=True) - scores_LE

@@ -73,13 +73,12 @@ def _part(
     trace: RoutingTrace, domain: str, tokens: int, read: Reader
 ) -> tuple[str, Sequence[bytes], RoutingTrace] | None:
     """Heading, tokens and trace of the first document of a domain that can be read."""
-    part = trace.domain(domain)
-    for index in part.document_T.unique().tolist():
+    for index in trace.document_T.unique().tolist():
         document = trace.info.documents[index]
-        text = read(document)
+        text = read(document) if document.domain == domain else None
         if text is not None and len(text) == document.length:
-            shown = part.select(document=index)
-            shown = shown.select(tokens=min(tokens, shown.num_tokens))
+            part = trace.select(document=index)
+            part = part.select(tokens=min(tokens, part.num_tokens))
             heading = f"{domain}: {document.name.removeprefix(PAGES)}"
-            return heading, [text[position] for position in shown.position_T.tolist()], shown
+            return heading, [text[position] for position in part.position_T.tolist()], part
     return None

@@ -26,7 +26,7 @@ from moe_lab.study.load import Load
 from moe_lab.view import theme
 from moe_lab.view.loads import ratio
 from moe_lab.view.text import window_of
-from moe_lab.view.theme import CHANCE, INK, LESS, MORE, MUTED, PICTURE, WITHIN
+from moe_lab.view.theme import CHANCE, INK, LESS, MORE, MUTED, PICTURE, WITHIN, Pixels
 
 Ratios = Float[NDArray[np.float64], " E"]
 
@@ -37,7 +37,7 @@ class LoadPicture(theme.Live):
     Bars above `ceiling` are cut there and marked with a triangle; the busiest expert is named with its value.
     """
 
-    def __init__(self, num_experts: int, ceiling: float = 4.0, *, size: tuple[float, float] = PICTURE) -> None:
+    def __init__(self, num_experts: int, ceiling: int = 4, *, size: tuple[int, int] = PICTURE) -> None:
         self.num_experts, self.ceiling = num_experts, ceiling
         with theme.style():
             drawn = theme.figure(*size)
@@ -96,7 +96,7 @@ class LoadPicture(theme.Live):
 class HeatPicture(theme.Live):
     """Layer x expert: load / mean as colour; one layer framed, experts without load crossed."""
 
-    def __init__(self, layers: Sequence[int], num_experts: int, *, size: tuple[float, float] = PICTURE) -> None:
+    def __init__(self, layers: Sequence[int], num_experts: int, *, size: tuple[int, int] = PICTURE) -> None:
         self.layers = tuple(layers)
         with theme.style():
             drawn = theme.figure(*size)
@@ -127,7 +127,7 @@ class HeatPicture(theme.Live):
 # pieces shared with the other figures
 
 
-def inset(drawn: Figure, *, left: float, right: float, bottom: float, top: float) -> Axes:
+def inset(drawn: Figure, *, left: Pixels, right: Pixels, bottom: Pixels, top: Pixels) -> Axes:
     """Axes with margins in CSS pixels."""
     width, height = drawn.get_size_inches() * theme.DPI
     box = (left / width, bottom / height, (width - left - right) / width, (height - bottom - top) / height)

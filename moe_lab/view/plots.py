@@ -24,19 +24,19 @@ from moe_lab.view.choices import ChoiceComparison
 from moe_lab.view.loads import WindowSweep, ratio
 from moe_lab.view.pictures import HeatPicture, LoadPicture, colours, expert_axis, heading, inset, ratio_bar, ratio_image
 from moe_lab.view.text import window_of
-from moe_lab.view.theme import CHANCE, INK, LESS, MORE, MUTED, OTHER_TINT, PAPER, PICTURE, WIDTH, WITHIN
+from moe_lab.view.theme import CHANCE, INK, LESS, MORE, MUTED, OTHER_TINT, PAPER, PICTURE, WIDTH, WITHIN, Pixels
 from moe_lab.view.tokens import NEWLINE, TintedText, characters
 
-ROOM = 1.25  # of a strip's width to its ceiling: the busiest expert is named beyond its dot
-CEILINGS = (4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+ROOM = 1.3  # of a strip's width to its ceiling: the busiest expert is named beyond its dot
+CEILINGS = (4, 5, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 
 
-def ceiling_for(highest: float) -> float:
-    """The lowest usual ceiling over a load / mean."""
-    return next((ceiling for ceiling in CEILINGS if ceiling >= highest), CEILINGS[-1])
+def ceiling_for(highest: float) -> int:
+    """The lowest usual ceiling over a load / mean, or hardly below it: what sticks out is marked with its value."""
+    return next((ceiling for ceiling in CEILINGS if ceiling >= 0.95 * highest), CEILINGS[-1])
 
 
-def load(result: Load, baseline: Load | None = None, *, ceiling: float = 4.0) -> Figure:
+def load(result: Load, baseline: Load | None = None, *, ceiling: int = 4) -> Figure:
     """Load by expert as bars, with the mean line, the band of chance, and a baseline as outline."""
     picture = LoadPicture(len(result.shares_E), ceiling, size=(WIDTH, 250))
     return picture.update(result, baseline=baseline).figure
@@ -49,7 +49,7 @@ def layers(result: Imbalance, layer: int | None = None, domain: str | None = Non
     return HeatPicture(result.layers, experts, size=size).update(loads, layer).figure
 
 
-def domains(result: Imbalance, *, ceiling: float | None = None) -> Figure:
+def domains(result: Imbalance, *, ceiling: int | None = None) -> Figure:
     """Which experts drown, in which layer, for which domain, and whether chance would do it."""
     groups, depth = result.domains, len(result.layers)
     ceiling = ceiling or ceiling_for(max(float(ratio(load).max()) for load in result.loads))
@@ -88,7 +88,7 @@ def fingerprints(result: Imbalance, layer: int) -> Figure:
     return drawn
 
 
-def windows(result: WindowSweep, *, ceiling: float | None = None) -> Figure:
+def windows(result: WindowSweep, *, ceiling: int | None = None) -> Figure:
     """max/mean against window size: documents packed, their tokens mixed, chance."""
     sizes, ceiling = np.array(result.sizes), ceiling or ceiling_for(float(result.high_S.max()))
     chance = [(null.low.max_over_mean, null.mean.max_over_mean, null.high.max_over_mean) for null in result.null_S]
@@ -111,11 +111,11 @@ def windows(result: WindowSweep, *, ceiling: float | None = None) -> Figure:
         axes.grid(axis="y")
         ends = {"documents packed\n(middle 90 %)": (result.packed_S, MORE), "tokens mixed": (result.mixed_S, LESS)}
         ends["chance (95 %)"] = (mean_S, MUTED)
-        _end_labels(axes, sizes[-1], {name: (float(y_S[-1]), colour) for name, (y_S, colour) in ends.items()})
+        _end_labels(axes, result.sizes[-1], {name: (float(y_S[-1]), colour) for name, (y_S, colour) in ends.items()})
     return drawn
 
 
-def choices(result: ChoiceComparison, *, ceiling: float | None = None) -> Figure:
+def choices(result: ChoiceComparison, *, ceiling: int | None = None) -> Figure:
     """One row a choice: every expert's load, assignments kept from the recording, the heaviest gate's share."""
     ceiling = ceiling or ceiling_for(max(float(ratio(load).max()) for load in result.loads))
     rows = len(result.names)
@@ -158,7 +158,7 @@ def confusion(result: Classification, what: str) -> Figure:
     return drawn
 
 
-def tokens(result: TintedText, *, size: tuple[float, float] = PICTURE) -> Figure:
+def tokens(result: TintedText, *, size: tuple[int, int] = PICTURE) -> Figure:
     """The beginning of a tinted text, as much as fits."""
     width, height = size
     advance, step, top = 6.05, 13.0, 48.0
@@ -200,7 +200,7 @@ def _rows(result: TintedText, columns: int) -> list[list[tuple[str, str]]]:
     return [row for row in rows if row]
 
 
-def _strips(axes: Axes, loads: Sequence[Load], ceiling: float) -> None:
+def _strips(axes: Axes, loads: Sequence[Load], ceiling: int) -> None:
     """A row of dots for every load, upwards, the busiest expert named."""
     for row, load in enumerate(loads):
         ratio_E, null, experts = ratio(load), load.null, len(load.shares_E)
@@ -215,7 +215,7 @@ def _strips(axes: Axes, loads: Sequence[Load], ceiling: float) -> None:
             name = f"$\\bf{{{top}}}$ {ratio_E[top]:.1f}"
             axes.annotate(name, (shown_E[top], row), size=7.5, color=MORE, **place)
     axes.plot([1, 1], [-0.6, len(loads) - 0.4], color=INK, lw=0.8, zorder=2)
-    axes.set(xlim=(0, ceiling * ROOM), ylim=(-0.6, len(loads) - 0.4))
+    axes.set(xlim=(0, ceiling * ROOM), ylim=(-0.6, len(loads) - 0.4), facecolor="none")
     axes.set_xticks([0, 1, ceiling // 2, ceiling])
     axes.spines["bottom"].set_bounds(0, ceiling)
     axes.spines["left"].set_visible(False)
@@ -232,7 +232,7 @@ def _share_bars(axes: Axes, share_N: Sequence[float]) -> None:
     axes.spines["left"].set_visible(False)
 
 
-def _legend(drawn: Figure, title: str, below: float = 0) -> None:
+def _legend(drawn: Figure, title: str, below: Pixels = 0) -> None:
     """The title of a figure of strips, and to its right, or `below` it, what its marks mean."""
     height = drawn.get_figheight() * theme.DPI
     drawn.text(8 / WIDTH, 1 - 8 / height, title, size=10, va="top")
@@ -252,7 +252,7 @@ def _caption(axes: Axes, name: str, note: str) -> None:
     axes.annotate(note, (1, 1), xytext=(0, 4), ha="right", color=MUTED, size=7, **place)
 
 
-def _end_labels(axes: Axes, x: float, ends: dict[str, tuple[float, str]]) -> None:
+def _end_labels(axes: Axes, x: int, ends: dict[str, tuple[float, str]]) -> None:
     """Names at the ends of lines, kept apart."""
     low, high = axes.get_ylim()
     gap, floor = (high - low) * 0.13, -np.inf

@@ -26,7 +26,8 @@ MORE, LESS, WITHIN = "#d55e00", "#0072b2", "#9aa5b1"
 SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#1f2933")
 # Paul Tol's "light" scheme: backgrounds for black text, distinct for colour-blind readers.
 TINTS = ("#77aadd", "#ee8866", "#eedd88", "#ffaabb", "#99ddff", "#44bb99", "#bbcc33", "#aaaa00")
-OTHER_TINT = "#e9ecef"
+PALE_TINTS = ("#c9ddf1", "#f8d0c4", "#f8f2cf", "#ffdddf", "#d2f0ff", "#bce5d8", "#e3ebb8", "#dddd99")
+OTHER_TINT = "#eef0f2"
 
 RATIO_MAP = LinearSegmentedColormap.from_list(
     "ratio", ["#00456e", LESS, "#8fc1e0", "#f7f7f7", "#f4b183", MORE, "#8a3c00"]
@@ -34,8 +35,9 @@ RATIO_MAP = LinearSegmentedColormap.from_list(
 SHARE_MAP = LinearSegmentedColormap.from_list("share", ["#f7f9fb", "#8fc1e0", LESS, "#053a5f"])
 RATIO_TICKS = {-2: "≤¼", -1: "½", 0: "1", 1: "2", 2: "≥4"}  # of log2
 
+Pixels = int | float  # CSS pixels
 WIDTH = 900  # CSS pixels of a notebook's column
-PICTURE = (340, 250)  # CSS pixels of a panel's picture
+PICTURE = (340, 230)  # CSS pixels of a panel's picture
 PANEL_WIDTH = 3 * PICTURE[0]
 SCALE = 2  # device pixels to a CSS pixel, for sharp text on dense screens
 DPI = 100  # of a CSS pixel: font sizes below are points at this density
@@ -81,9 +83,9 @@ def style() -> Iterator[None]:
         yield
 
 
-def figure(width: float, height: float, scale: float = SCALE) -> Figure:
-    """A figure of `width` x `height` CSS pixels, drawn at `scale` device pixels each."""
-    made = Figure(figsize=(width / DPI, height / DPI), dpi=DPI * scale, facecolor=PAPER)
+def figure(width: Pixels, height: Pixels) -> Figure:
+    """A figure of `width` x `height` CSS pixels."""
+    made = Figure(figsize=(width / DPI, height / DPI), dpi=DPI * SCALE, facecolor=PAPER)
     FigureCanvasAgg(made)
     return made
 

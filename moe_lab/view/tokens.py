@@ -8,15 +8,15 @@ from dataclasses import dataclass
 from html import escape
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float, Integer
 from numpy.typing import NDArray
 
 from moe_lab.view.text import Text
-from moe_lab.view.theme import INK, MUTED, OTHER_TINT, TINTS
+from moe_lab.view.theme import INK, MUTED, OTHER_TINT, PALE_TINTS, TINTS
 
 MAX_TOKENS = 4096
 MUTED_ON_TINT = "#3e4c59"
-_BLOCK = f"color:{INK};background-color:#fff;font-size:12px"
+_BLOCK = f"color:{INK};background-color:#fff;font-size:12px;line-height:1.5"
 _PRE = f"white-space:pre-wrap;overflow-wrap:anywhere;line-height:1.45;margin:2px 0;color:{INK};background-color:#fff"
 NEWLINE, LINE_BREAK = "⏎", "\n"
 _MARKS = {"\n": NEWLINE, "\t": "→", "\r": "␍"}
@@ -32,7 +32,7 @@ class TintedText(Text):
 
     where: str
     pieces: tuple[bytes, ...]
-    expert_ids_TK: Int[NDArray[np.integer], "T K"]
+    expert_ids_TK: Integer[NDArray[np.integer], "T K"]
     gates_TK: Float[NDArray[np.floating], "T K"] | None = None
     headings: tuple[tuple[int, str], ...] = ()
 
@@ -54,11 +54,11 @@ class TintedText(Text):
 
     @property
     def tints(self) -> dict[int, str]:
-        """Colours of the experts that are first most often here, the most frequent first."""
+        """Colours of the sixteen experts that are first most often here, most often first; the last eight pale."""
         experts, counts = np.unique(self.expert_ids_TK[:, 0], return_counts=True)
         order = np.lexsort((experts, -counts))
         ranked = [int(experts[i]) for i in order if experts[i] >= 0]
-        return dict(zip(ranked, TINTS, strict=False))
+        return dict(zip(ranked, TINTS + PALE_TINTS, strict=False))
 
     def shares(self) -> list[tuple[int, str]]:
         """The experts with a tint and the share of tokens they are first for."""
@@ -68,7 +68,7 @@ class TintedText(Text):
     def text(self) -> str:
         """The most used experts: the share they are first for, and what they are first for most often."""
         rows = [("expert", "first for", "most often")]
-        for expert, share in self.shares():
+        for expert, share in self.shares()[: len(TINTS)]:
             taken = np.flatnonzero(self.expert_ids_TK[:, 0] == expert)
             common = Counter(visible(self.pieces[i]) for i in taken)
             ranked = sorted(common.items(), key=lambda item: (-item[1], item[0]))[:5]
@@ -111,15 +111,15 @@ class TintedText(Text):
 
     def _legend(self, tints: dict[int, str]) -> str:
         chips = [(tints[expert], str(expert), share) for expert, share in self.shares()]
-        rest = int((~np.isin(self.expert_ids_TK[:, 0], list(tints))).sum())
-        if rest:
-            chips.append((OTHER_TINT, "others", _percent(rest, len(self.pieces))))
+        if len(rest := set(self.expert_ids_TK[:, 0].tolist()) - set(tints)):
+            share = _percent(int(np.isin(self.expert_ids_TK[:, 0], list(rest)).sum()), len(self.pieces))
+            chips.append((OTHER_TINT, f"{len(rest)} more", share))
         marks = " ".join(
-            f'<span style="background-color:{tint};padding:0 4px;white-space:nowrap">{name} '
-            f'<span style="color:{MUTED_ON_TINT}">{share}</span></span>'
+            f'<span style="background-color:{tint};padding:0 3px;white-space:nowrap;color:{INK}">{name} '
+            f'<span style="color:{MUTED_ON_TINT};font-size:10px">{share.removesuffix(" %")}</span></span>'
             for tint, name, share in chips
         )
-        return f'<div style="color:{MUTED}">{escape(self.where)}, first expert: {marks}</div>'
+        return f'<div style="color:{MUTED}">{escape(self.where)}, first expert (% of tokens): {marks}</div>'
 
 
 def byte_pieces(text: bytes) -> tuple[bytes, ...]:

@@ -21,13 +21,13 @@ from moe_lab.view import theme
 
 _CSS = """<style>
 .moe-panel { max-width: 1500px; }
-.moe-line, .moe-pictures { flex-flow: row wrap; align-items: center; gap: 2px 14px; }
-.moe-pictures { align-items: stretch; margin: 4px 0; }
-.moe-pictures > * { flex: 1 1 300px; min-width: 0; max-width: 490px; }
-.moe-pictures img { width: 100%; height: auto; object-fit: contain; }
-.moe-text { height: 250px; overflow-y: auto; background: #fff; }
-.moe-stale { opacity: 0.35; }
+.moe-line, .moe-pictures { flex-flow: row wrap; align-items: center; gap: 0 8px; }
+.moe-pictures { align-items: flex-start; margin: 2px 0; }
+.moe-pictures > * { flex: 1 1 300px; min-width: 0; max-width: 490px; height: auto; }
+.moe-text { max-height: 230px; overflow-y: auto; background: #fff; }
+.moe-text .widget-html-content, .moe-numbers .widget-html-content { line-height: 1.5; }
 .moe-numbers { font-variant-numeric: tabular-nums; }
+.moe-stale { opacity: 0.35; }
 .moe-panel textarea { width: 100%; font-family: monospace; font-size: 12px; }
 </style>"""
 
@@ -55,11 +55,11 @@ class Panel:
         self._pictures.add_class("moe-pictures")
         self.numbers.add_class("moe-numbers")
         rows = [widgets.HBox(list(line)) for line in lines]
-        reading = widgets.HBox([self.numbers, self.clock])
-        for row in (*rows, reading, self.buttons):
+        foot = widgets.HBox([self.buttons, self.clock])
+        for row in (*rows, foot):
             row.add_class("moe-line")
         style = widgets.HTML(_CSS, layout={"display": "none"})
-        parts = [style, *rows, self.message, self._pictures, reading, self.buttons, self.shelf]
+        parts = [style, *rows, self.message, self._pictures, self.numbers, foot, self.shelf]
         self.widget = widgets.VBox(parts)
         self.widget.add_class("moe-panel")
 

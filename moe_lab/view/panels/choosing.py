@@ -52,12 +52,12 @@ class ChoiceControls:
     """Widgets that make a `Choice`, kept within what a trace allows; `preset` says which known choice it is."""
 
     def __init__(self) -> None:
-        self.preset = control(widgets.Dropdown, "choice", "190px", options=[RECORDED])
-        self.top_k = control(widgets.IntSlider, "K", "230px", min=1, max=2, value=1)
-        self.score = control(widgets.Dropdown, "score", "170px", options=SCORES)
-        self.groups = control(widgets.Dropdown, "groups", "150px", options=[("off", None)])
+        self.preset = control(widgets.Dropdown, "choice", "170px", options=[RECORDED])
+        self.top_k = control(widgets.IntSlider, "K", "200px", min=1, max=2, value=1)
+        self.score = control(widgets.Dropdown, "score", "150px", options=SCORES)
+        self.groups = control(widgets.Dropdown, "groups", "140px", options=[("off", None)])
         self.bias = control(widgets.Checkbox, "bias", "60px", indent=False)
-        self.forced = control(widgets.Dropdown, "forced balance", "200px", options=FORCED)
+        self.forced = control(widgets.Dropdown, "forced balance", "185px", options=FORCED)
         self._base = RouterConfig()
         self._known: dict[str, Choice] = {}
 

@@ -129,14 +129,14 @@ class RoutingPanel(Panel):
 
     def _make_controls(self, source: str) -> None:
         names = list(self._traces)
-        self.source = control(widgets.Dropdown, "source", "200px", options=names, value=source)
-        self.file = control(widgets.Text, "your trace", "230px", continuous_update=False)
+        self.source = control(widgets.Dropdown, "source", "146px", options=names, value=source)
+        self.file = control(widgets.Text, "your trace", "172px", continuous_update=False)
         self.file.placeholder = "path of a .safetensors"
-        self.layer = control(widgets.IntSlider, "layer", "230px", min=0, max=1)
-        self.domain = control(widgets.Dropdown, "domain", "170px", options=[(ALL_DOMAINS, None)])
+        self.layer = control(widgets.IntSlider, "layer", "180px", min=0, max=1)
+        self.domain = control(widgets.Dropdown, "domain", "155px", options=[(ALL_DOMAINS, None)])
         bounds = {"min": SMALLEST_WINDOW, "max": 2**31 - 1}
-        self.window = control(widgets.BoundedIntText, "tokens per window", "190px", value=4096, **bounds)
-        self.window_slider = control(widgets.IntSlider, "", "110px", min=0, max=1, readout=False)
+        self.window = control(widgets.BoundedIntText, "tokens per window", "198px", value=4096, **bounds)
+        self.window_slider = control(widgets.IntSlider, "", "84px", min=0, max=1, readout=False)
         self.choosing = ChoiceControls()
         self.preset, self.top_k, self.score, self.groups, self.bias, self.forced = self.choosing.widgets
 
@@ -231,15 +231,11 @@ class RoutingPanel(Panel):
     def _update(self) -> None:
         params = self.params()
         view = compute(params)
-        recorded = Choice.recorded(self.trace)
-        words = (
-            f"{recorded}, as recorded"
-            if params.choice is None
-            else f"{params.choice}, open-loop (recorded: {recorded})"
-        )
+        recorded = str(Choice.recorded(self.trace))
+        choice = recorded if params.choice is None else str(params.choice)
         pinned = self._pinned
         baseline = (pinned.load, pinned.words) if pinned else (None, "")
-        self.shown = forms.Shown(self.source.value, words, *view, *baseline)
+        self.shown = forms.Shown(self.source.value, choice, recorded, params.choice is not None, *view, *baseline)
         with self.hold():
             nearest = [abs(size - view.load.tokens) for size in self._sizes]
             self.window_slider.value = nearest.index(min(nearest))
@@ -289,7 +285,7 @@ class RoutingPanel(Panel):
         return forms.csv_text(self.shown)
 
     def png(self) -> bytes:
-        pictures = [self.load_image.value, self.heat_image.value]
+        pictures = [bytes(self.load_image.value), bytes(self.heat_image.value)]
         if self.shown.tinted is not None:
             pictures.append(theme.png(plots.tokens(self.shown.tinted)))
         return forms.picture(self.shown, pictures)
@@ -315,7 +311,7 @@ def _with_text(trace: RoutingTrace) -> RoutingTrace:
     return trace
 
 
-def _ceiling(trace: RoutingTrace) -> float:
+def _ceiling(trace: RoutingTrace) -> int:
     """A ceiling over the recorded load / mean of every layer and domain."""
     counts_LGE = trace.counts_by(trace.domain_T, len(trace.domains)).double()
     mean_LG1 = counts_LGE.mean(dim=2, keepdim=True).clamp(min=1)

@@ -32,12 +32,14 @@ METRICS = {
 class Shown(NamedTuple):
     """What the panel shows, in words and numbers.
 
-    `loads` of every layer and `load` of the chosen one, `choice` in words ("as recorded" or "open-loop"), and
-    a pinned load with its words, if any.
+    `choice` and `recorded` say how experts are and were chosen; `loads` of every layer and `load` of the chosen
+    one; a pinned load with its words, if any.
     """
 
     source: str
     choice: str
+    recorded: str
+    open_loop: bool
     loads: WindowLoads
     load: Load
     tinted: TintedText | None
@@ -47,7 +49,12 @@ class Shown(NamedTuple):
     @property
     def words(self) -> str:
         """What all numbers are of."""
-        return f"{self.source}, {where(self.load)}, {self.choice}"
+        return f"{self.source}, {where(self.load)}, {self.choice}, {self.loop}"
+
+    @property
+    def loop(self) -> str:
+        """Whether later layers saw this choice."""
+        return f"open-loop (recorded: {self.recorded})" if self.open_loop else "as recorded"
 
 
 def where(load: Load) -> str:
@@ -77,7 +84,7 @@ def readings(shown: Shown) -> list[tuple[str, str, str]]:
 def line(shown: Shown) -> str:
     """The line below the pictures, as HTML."""
     cells = [f"{name} <b>{value}</b> <small>{escape(note)}</small>" for name, value, note in readings(shown)]
-    return " &ensp;|&ensp; ".join(["&emsp;".join(cells), escape(where(shown.load)), escape(shown.choice)])
+    return " &ensp;|&ensp; ".join(["&emsp;".join(cells), escape(where(shown.load)), escape(shown.loop)])
 
 
 def text(shown: Shown) -> str:
