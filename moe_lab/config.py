@@ -12,7 +12,7 @@ ScoreFunc = Literal["softmax", "sigmoid", "sqrt_softplus"]
 GroupScore = Literal["top2", "max", "topk_share"]
 GateDtype = Literal["float32", "input"]
 ForcedBalance = Literal["round_robin", "random"]
-Backend = Literal["loop", "grouped"]
+Backend = Literal["loop", "grouped", "fused"]
 CombineArm = Literal["gather", "scatter_add"]
 
 

@@ -21,6 +21,7 @@ import torch
 
 NAMES = (
     "force_load_balance_dispatch",
+    "fused_dispatch_combine",
     "host_sync",
     "scatter_add_autograd_or_alias",
     "score_after_experts",

@@ -27,6 +27,11 @@ class LocalTokenDispatcher:
         self.combine_arm = COMBINE_ARMS[combine]
         self.score_before_experts = score_before_experts
 
+    @property
+    def may_fuse(self) -> bool:
+        """Whether `backend="fused"` may move rows and weigh them by itself, as `dispatch` and `combine` would."""
+        return self.combine_arm is COMBINE_ARMS["gather"] and not self.score_before_experts
+
     def dispatch(self, x_TD: Float[Tensor, "T D"], routing: Routing) -> tuple[Float[Tensor, "R D"], DispatchPlan]:
         """One row an assignment, expert by expert, and the plan that says which is which."""
         plan = plan_local(routing.expert_ids_TK, self.num_experts, counts_E=routing.counts_E)

@@ -11,7 +11,10 @@ from torch import Tensor, nn
 
 from moe_lab import fastpaths
 from moe_lab.config import check_choice
+from moe_lab.kernels import tiles
+from moe_lab.kernels.fused import fused_experts
 from moe_lab.kernels.grouped_linear import grouped_linear
+from moe_lab.layer.router import Routing
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -54,9 +57,18 @@ def grouped_experts(x_RD: Tensor, w1_EFD: Tensor, w2_EDF: Tensor, w3_EFD: Tensor
     return grouped_linear(swiglu(gate_RF, up_RF), w2_EDF, ends_E)
 
 
+def fused_rows(x_RD: Tensor, w1_EFD: Tensor, w2_EDF: Tensor, w3_EFD: Tensor, ends_E: Tensor) -> Tensor:
+    """The fused kernels over rows that are sorted already: each a token of its own, with one expert and gate 1."""
+    row_R = torch.arange(x_RD.shape[0], device=x_RD.device, dtype=ends_E.dtype)
+    ids_R1 = torch.searchsorted(ends_E, row_R, right=True)[:, None]
+    gates_R1 = torch.ones_like(ids_R1, dtype=torch.float32)
+    return fused_experts(x_RD, gates_R1, tiles.tile_rows(ids_R1, ends_E.numel()), w1_EFD, w2_EDF, w3_EFD)
+
+
 BACKENDS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]] = {
     "loop": loop_experts,
     "grouped": grouped_experts,
+    "fused": fused_rows,
 }
 
 
@@ -79,8 +91,16 @@ class GroupedExperts(nn.Module):
 
     def forward(self, x_RD: Float[Tensor, "R D"], ends_E: Int32[Tensor, " E"]) -> Float[Tensor, "R D"]:
         """Rows ends[e-1] .. ends[e] go through expert e. Weights are used in the rows' dtype."""
-        w1_EFD, w2_EDF, w3_EFD = (w.to(x_RD.dtype) for w in (self.w1_EFD, self.w2_EDF, self.w3_EFD))
-        return BACKENDS[self.backend](x_RD, w1_EFD, w2_EDF, w3_EFD, ends_E)
+        return BACKENDS[self.backend](x_RD, *self._weights(x_RD), ends_E)
+
+    def fused(self, x_TD: Float[Tensor, "T D"], routing: Routing) -> Float[Tensor, "T D"]:
+        """Dispatch, experts and combine in one: the gather and the gates are inside the products."""
+        rows = tiles.tile_rows(routing.expert_ids_TK, routing.counts_E.numel())
+        return fused_experts(x_TD, routing.gates_TK, rows, *self._weights(x_TD))
+
+    def _weights(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        w1_EFD, w2_EDF, w3_EFD = (w.to(x.dtype) for w in (self.w1_EFD, self.w2_EDF, self.w3_EFD))
+        return w1_EFD, w2_EDF, w3_EFD
 
 
 class SharedExperts(nn.Module):

@@ -8,11 +8,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from moe_lab import fastpaths
 from moe_lab.config import MoEConfig
 from moe_lab.layer.balance import bias_delta
 from moe_lab.layer.dispatch import LocalTokenDispatcher
 from moe_lab.layer.experts import GroupedExperts, SharedExperts
-from moe_lab.layer.router import TokenChoiceTopKRouter
+from moe_lab.layer.router import Routing, TokenChoiceTopKRouter
 
 
 def _in_backward() -> bool:
@@ -62,14 +63,20 @@ class MoE(nn.Module):
             raise ValueError(f"x is on {x.device}: must be on {self.router.gate.weight.device}, where the layer is")
         x_TD = x.reshape(-1, self.config.dim)
         routing = self.router(x_TD, self.expert_bias_E)
-        rows_RD, plan = self.dispatcher.dispatch(x_TD, routing)
-        rows_RD = self.experts(rows_RD, plan.ends_E)
-        out_TD = self.dispatcher.combine(rows_RD, routing, plan)
+        out_TD = self._routed(x_TD, routing)
         if self.shared_experts is not None:
             out_TD = out_TD + self.shared_experts(x_TD)
         if self.training and not _in_backward():
-            self.tokens_per_expert_E += plan.counts_E
+            self.tokens_per_expert_E += routing.counts_E
         return out_TD.view(x.shape)
+
+    def _routed(self, x_TD: Tensor, routing: Routing) -> Tensor:
+        if self.config.backend == "fused" and self.dispatcher.may_fuse:
+            fastpaths.note("fused_dispatch_combine", "backend='fused', weighted in float32 at the combine")
+            return self.experts.fused(x_TD, routing)
+        rows_RD, plan = self.dispatcher.dispatch(x_TD, routing)
+        rows_RD = self.experts(rows_RD, plan.ends_E)
+        return self.dispatcher.combine(rows_RD, routing, plan)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MoE:
         # The bias moves by steps far below a bfloat16 ulp: `.bfloat16()` must not round it.

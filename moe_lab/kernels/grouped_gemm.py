@@ -1,0 +1,267 @@
+"""Grouped matrix products in Triton, for rows that lie in whole tiles by expert (`moe_lab.kernels.tiles`).
+
+Each kernel is persistent: one program a multiprocessor walks over output tiles of TILE x COLUMNS, and the compiler
+flattens that walk and the sum over the inner dimension into one loop, so that the loads of the next tile run under
+the last products and the stores of this one. Operands come through tensor maps (the copy engine of Hopper), which
+also bound them: columns past the end read as zeros and are not written. Gathered rows come through pointers.
+Accumulation is in float32, rounded once. The order of every sum is fixed: two runs agree to the bit.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from moe_lab.kernels.swiglu import silu
+from moe_lab.kernels.tiles import TILE, TileRows
+
+COLUMNS = 256
+HALF = COLUMNS // 2  # tiles are stored in two halves, to leave shared memory to the operands
+GROUP = 8
+COUNTS = [
+    "num_tiles",
+    "num_columns",
+    "num_m",
+    "num_n",
+    "num_experts",
+    "top_k",
+]  # no kernel of its own for each of their values
+
+
+def up(x_TD: Tensor, w1_EFD: Tensor, w3_EFD: Tensor, rows: TileRows, *, save: bool) -> tuple[Tensor, Tensor]:
+    """Gate and up product of each row's token, (2, P, F), empty unless `save`; and hidden = silu(gate) * up, (P, F).
+
+    The gather, both products and SwiGLU are one kernel.
+    """
+    num_rows, (_, hidden_dim, dim) = rows.order_P.numel(), w1_EFD.shape
+    hidden_PF = x_TD.new_empty(num_rows, hidden_dim)
+    gate_up_2PF = x_TD.new_empty(2, num_rows if save else 0, hidden_dim)
+    if num_rows:
+        depth = _depth(x_TD)
+        w13, swap = _both(w1_EFD, w3_EFD, [2, 1, HALF, depth])
+        hidden = _map(hidden_PF, TILE, HALF)
+        gate, up = (_map(gate_up_2PF[i], TILE, HALF) if save else hidden for i in (0, 1))
+        _launch(_up_kernel, rows, hidden_dim, HALF)(
+            x_TD, rows.order_P, w13, gate, up, hidden, dim, rows.position_TK.shape[1],
+            swap, save, dim % depth == 0, depth,
+        )  # fmt: skip
+    return gate_up_2PF, hidden_PF
+
+
+def rows_product(a: Tensor, weight_E: Tensor, rows: TileRows, *, transposed: bool, gathered: bool) -> Tensor:
+    """(P, O): each row times its expert's weight, (E, I, O), or (E, O, I) if `transposed`.
+
+    Rows are those of `a` (P, I), or with `gathered` the token's of `a` (T, I), zeros in padding.
+    """
+    num_rows = rows.order_P.numel()
+    inner, outer = weight_E.shape[:0:-1] if transposed else weight_E.shape[1:]
+    out_PO = a.new_empty(num_rows, outer)
+    if num_rows:
+        depth = _depth(a)
+        block = [1, COLUMNS, depth] if transposed else [1, depth, COLUMNS]
+        source = a if gathered else _map(a, TILE, depth)
+        _launch(_rows_kernel, rows, outer, COLUMNS)(
+            source, rows.order_P, _map(weight_E, *block), _map(out_PO, TILE, HALF), inner,
+            rows.position_TK.shape[1], transposed, gathered, inner % depth == 0, depth,
+        )  # fmt: skip
+    return out_PO
+
+
+def input_grad(grad_gate_up_2PF: Tensor, w1_EFD: Tensor, w3_EFD: Tensor, rows: TileRows) -> Tensor:
+    """(P, D): dGate times w1 plus dUp times w3, one sum over 2F."""
+    _, hidden_dim, dim = w1_EFD.shape
+    grad_PD = grad_gate_up_2PF.new_empty(rows.order_P.numel(), dim)
+    if grad_PD.numel():
+        depth = _depth(grad_PD)
+        w13, swap = _both(w1_EFD, w3_EFD, [1, 1, depth, COLUMNS])
+        _launch(_input_grad_kernel, rows, dim, COLUMNS)(
+            _map(grad_gate_up_2PF, 1, TILE, depth), w13, _map(grad_PD, TILE, HALF), hidden_dim, swap, depth
+        )
+    return grad_PD
+
+
+def weight_grad(a_PM: Tensor, b_PN: Tensor, rows: TileRows) -> Tensor:
+    """(E, M, N): each expert's rows of `a` transposed times its rows of `b`; exactly 0 where it has none."""
+    num_experts = rows.starts_E1.numel() - 1
+    grad_EMN = a_PM.new_empty(num_experts, a_PM.shape[1], b_PN.shape[1])
+    if not a_PM.shape[0]:
+        return grad_EMN.zero_()
+    depth = _depth(a_PM)
+    num_m, num_n = triton.cdiv(a_PM.shape[1], TILE), triton.cdiv(b_PN.shape[1], COLUMNS)
+    _weight_grad_kernel[(_programs(a_PM, num_experts * num_m * num_n),)](
+        _map(a_PM, depth, TILE), _map(b_PN, depth, COLUMNS), _map(grad_EMN, 1, TILE, HALF), rows.starts_E1,
+        num_m, num_n, num_experts, TILE, COLUMNS, depth, GROUP, num_warps=8, num_stages=4,
+    )  # fmt: skip
+    return grad_EMN
+
+
+def _depth(a: Tensor) -> int:
+    """Of the inner dimension, what fills 128 bytes: a row of a swizzled tile in shared memory."""
+    return 128 // a.element_size()
+
+
+def _map(tensor: Tensor, *block: int) -> TensorDescriptor:
+    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), list(block))
+
+
+def _both(w1: Tensor, w3: Tensor, block: list[int]) -> tuple[TensorDescriptor, bool]:
+    """One tensor map over two parameters of one shape, and whether w3 comes first in it.
+
+    A map may have any stride, so its outermost is the distance between the two: one load fetches a tile of each
+    and one product multiplies both, without copying a weight. (Two products in one loop wait for each other.)
+    """
+    swap = w3.data_ptr() < w1.data_ptr()
+    first, second = (w3, w1) if swap else (w1, w3)
+    distance = second.data_ptr() - first.data_ptr()
+    if distance >= 2**40:  # the largest stride of a tensor map, in bytes
+        pair = torch.stack((first, second))
+        first, distance = pair[0], pair[0].numel() * pair.element_size()
+    strides = [distance // first.element_size(), *first.stride()]
+    return TensorDescriptor(first, [2, *first.shape], strides, block), swap
+
+
+def _programs(tensor: Tensor, tiles: int) -> int:
+    if tensor.device.type != "cuda":
+        return min(tiles, 3)  # in the interpreter, more than one to walk together
+    return min(tiles, torch.cuda.get_device_properties(tensor.device).multi_processor_count)
+
+
+def _launch(kernel, rows: TileRows, width: int, columns: int):
+    """The kernel over all tiles of a (P, width) result, to be called with the arguments of its own."""
+    num_tiles, num_columns = rows.expert_M1.numel() - 1, triton.cdiv(width, columns)
+    grid = (_programs(rows.order_P, num_tiles * num_columns),)
+
+    def call(*args) -> None:
+        kernel[grid](rows.expert_M1, num_tiles, num_columns, *args, TILE, COLUMNS, GROUP, num_warps=8, num_stages=4)
+
+    return call
+
+
+@triton.jit
+def _tile_at(index, num_tiles, num_columns, GROUP: tl.constexpr):
+    """Which tile comes at `index`: GROUP row tiles share a column tile before the next, so both stay in the cache."""
+    width = GROUP * num_columns
+    first = index // width * GROUP
+    high = min(num_tiles - first, GROUP)
+    return first + index % width % high, index % width // high
+
+
+@triton.jit
+def _gathered(a_ptr, order_ptr, tile, inner, top_k, TILE: tl.constexpr, DEPTH: tl.constexpr):
+    """Pointers to the first DEPTH values of each row's token, and which rows have one."""
+    pick = tl.load(order_ptr + tile * TILE + tl.arange(0, TILE))
+    kept = pick >= 0
+    token = (tl.where(kept, pick, 0) // top_k).to(tl.int64)
+    return a_ptr + token[:, None] * inner + tl.arange(0, DEPTH)[None, :], kept[:, None]
+
+
+@triton.jit
+def _halves(tile):
+    """The left and the right half of a tile's columns."""
+    return tile.reshape(tile.shape[0], 2, tile.shape[1] // 2).permute(0, 2, 1).split()
+
+
+@triton.jit
+def _store(out_map, tile, column, acc, TILE: tl.constexpr, COLUMNS: tl.constexpr):
+    left, right = _halves(acc)
+    out_map.store([tile * TILE, column * COLUMNS], left.to(out_map.dtype))
+    out_map.store([tile * TILE, column * COLUMNS + COLUMNS // 2], right.to(out_map.dtype))
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def _up_kernel(
+    expert_ptr, num_tiles, num_columns, x_ptr, order_ptr, w13_map, gate_map, up_map, hidden_map, dim, top_k,
+    SWAP: tl.constexpr, SAVE: tl.constexpr, EVEN: tl.constexpr, DEPTH: tl.constexpr,
+    TILE: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """A tile of COLUMNS holds COLUMNS / 2 columns of the gate product beside the same of the up product."""
+    HALF: tl.constexpr = COLUMNS // 2
+    used = tl.load(expert_ptr + num_tiles)
+    for index in tl.range(tl.program_id(0), used * num_columns, tl.num_programs(0), flatten=True):
+        tile, column = _tile_at(index, used, num_columns, GROUP)
+        expert = tl.load(expert_ptr + tile)
+        x_ptrs, kept = _gathered(x_ptr, order_ptr, tile, dim, top_k, TILE, DEPTH)
+        acc = tl.zeros((TILE, COLUMNS), dtype=tl.float32)
+        for k in range(0, dim, DEPTH):
+            mask = kept if EVEN else kept & (tl.arange(0, DEPTH) < dim - k)[None, :]
+            x = tl.load(x_ptrs + k, mask=mask, other=0.0)
+            w13 = w13_map.load([0, expert, column * HALF, k]).reshape(COLUMNS, DEPTH)
+            acc = tl.dot(x, w13.T, acc, input_precision="ieee")
+        gate, up = _halves(acc)
+        if SWAP:
+            gate, up = up, gate
+        if SAVE:
+            gate_map.store([tile * TILE, column * HALF], gate.to(gate_map.dtype))
+            up_map.store([tile * TILE, column * HALF], up.to(up_map.dtype))
+        hidden_map.store([tile * TILE, column * HALF], (silu(gate) * up).to(hidden_map.dtype))
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def _rows_kernel(
+    expert_ptr, num_tiles, num_columns, a, order_ptr, weight_map, out_map, inner, top_k,
+    TRANSPOSED: tl.constexpr, GATHERED: tl.constexpr, EVEN: tl.constexpr, DEPTH: tl.constexpr,
+    TILE: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    used = tl.load(expert_ptr + num_tiles)
+    for index in tl.range(tl.program_id(0), used * num_columns, tl.num_programs(0), flatten=True):
+        tile, column = _tile_at(index, used, num_columns, GROUP)
+        expert = tl.load(expert_ptr + tile)
+        if GATHERED:
+            a_ptrs, kept = _gathered(a, order_ptr, tile, inner, top_k, TILE, DEPTH)
+        acc = tl.zeros((TILE, COLUMNS), dtype=tl.float32)
+        for k in range(0, inner, DEPTH):
+            if GATHERED:
+                mask = kept if EVEN else kept & (tl.arange(0, DEPTH) < inner - k)[None, :]
+                rows = tl.load(a_ptrs + k, mask=mask, other=0.0)
+            else:
+                rows = a.load([tile * TILE, k])
+            if TRANSPOSED:
+                weight = weight_map.load([expert, column * COLUMNS, k]).reshape(COLUMNS, DEPTH).T
+            else:
+                weight = weight_map.load([expert, k, column * COLUMNS]).reshape(DEPTH, COLUMNS)
+            acc = tl.dot(rows, weight, acc, input_precision="ieee")
+        _store(out_map, tile, column, acc, TILE, COLUMNS)
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def _input_grad_kernel(
+    expert_ptr, num_tiles, num_columns, grad_map, w13_map, out_map, hidden_dim,
+    SWAP: tl.constexpr, DEPTH: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    used = tl.load(expert_ptr + num_tiles)
+    steps = tl.cdiv(hidden_dim, DEPTH)
+    for index in tl.range(tl.program_id(0), used * num_columns, tl.num_programs(0), flatten=True):
+        tile, column = _tile_at(index, used, num_columns, GROUP)
+        expert = tl.load(expert_ptr + tile)
+        acc = tl.zeros((TILE, COLUMNS), dtype=tl.float32)
+        for step in range(2 * steps):
+            part = step // steps  # 0: gate with w1, 1: up with w3
+            k = (step - part * steps) * DEPTH
+            grad = grad_map.load([part, tile * TILE, k]).reshape(TILE, DEPTH)
+            place = 1 - part if SWAP else part
+            weight = w13_map.load([place, expert, k, column * COLUMNS]).reshape(DEPTH, COLUMNS)
+            acc = tl.dot(grad, weight, acc, input_precision="ieee")
+        _store(out_map, tile, column, acc, TILE, COLUMNS)
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def _weight_grad_kernel(
+    a_map, b_map, out_map, starts_ptr, num_m, num_n, num_experts,
+    TILE: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    tiles = num_m * num_n
+    for index in tl.range(tl.program_id(0), num_experts * tiles, tl.num_programs(0), flatten=True):
+        expert = index // tiles
+        m, n = _tile_at(index % tiles, num_m, num_n, GROUP)
+        start = tl.load(starts_ptr + expert)
+        end = tl.load(starts_ptr + expert + 1)
+        acc = tl.zeros((TILE, COLUMNS), dtype=tl.float32)
+        for row in range(start, end, DEPTH):
+            acc = tl.dot(a_map.load([row, m * TILE]).T, b_map.load([row, n * COLUMNS]), acc, input_precision="ieee")
+        left, right = _halves(acc)
+        HALF: tl.constexpr = COLUMNS // 2
+        out_map.store([expert, m * TILE, n * COLUMNS], left.to(out_map.dtype).reshape(1, TILE, HALF))
+        out_map.store([expert, m * TILE, n * COLUMNS + HALF], right.to(out_map.dtype).reshape(1, TILE, HALF))
