@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from moe_lab import MoE, MoEConfig, RouterConfig
+from moe_lab import MoE, MoEConfig, RouterConfig, fastpaths
 from reference import assert_float64, assert_within_budget, loop_over_tokens, run
 
 D, F, E, K, T = 16, 24, 6, 2, 32
@@ -101,6 +101,22 @@ def test_two_runs_agree_to_the_bit(backend, combine):
     second, _ = run(moe, x, probe)
     for name in first:
         assert torch.equal(first[name], second[name]), name
+
+
+@pytest.mark.parametrize("combine", ["gather", "scatter_add"])
+@pytest.mark.parametrize("trained", ["x", "router", "experts", "shared_experts"])
+def test_what_is_frozen_changes_no_other_gradient(trained, combine):
+    moe, x, probe = build("plain", torch.float32, combine=combine)
+    expected, _ = run(moe, x, probe)
+    moe.requires_grad_(False)
+    if trained != "x":
+        getattr(moe, trained).requires_grad_()
+    out = moe(x.requires_grad_(trained == "x"))
+    (out * probe).sum().backward()
+    grads = {name: p.grad for name, p in (("x", x), *moe.named_parameters()) if p.grad is not None}
+    assert set(grads) == {name for name in expected if name.startswith(trained)}
+    for name, grad in grads.items():
+        assert torch.equal(grad, expected[name])
 
 
 def test_a_batch_is_its_tokens_in_a_row():
@@ -247,6 +263,10 @@ def compile_and_compare(dtype):
     run(moe, x.flip(0), probe)
     run(moe, torch.randn_like(x), probe)
     assert counter.frame_count == 1
+    with fastpaths.record() as record:
+        out = moe(x)  # compiled again, for the record, and still one graph
+    assert record.entries == {}
+    assert torch.equal(out, moe.forward(x))
 
 
 @pytest.mark.slow
