@@ -53,7 +53,7 @@ def rgb(colour):
 
 
 def drawings(trace, measured, comparison):
-    text = TintedText("page", byte_pieces(b"a b"), np.array([[0], [1], [2]]))
+    text = TintedText("page", 0, byte_pieces(b"a b"), np.array([[0], [1], [2]]))
     return {
         "load": plots.load(window_loads(trace).loads[0]),
         "layers": plots.layers(measured, 1),
@@ -212,8 +212,8 @@ def test_window_loads_refuses_what_is_not_there(trace):
 
 def test_mixed_tokens_are_more_even_than_packed_documents(trace):
     sweep = window_sweep(trace, 0)
-    assert sweep.sizes == (64, 128, 256, 512, 1024)
-    assert (sweep.mixed_S[:3] < sweep.packed_S[:3]).all()
+    assert sweep.sizes == (64, 128, 256)
+    assert (sweep.mixed_S < sweep.packed_S).all()
     assert (sweep.low_S <= sweep.packed_S).all()
     assert (sweep.packed_S <= sweep.high_S).all()
     assert re.search(r"^256 +7 +\d\.\d\d +\d\.\d\d - \d\.\d\d", repr(sweep), re.MULTILINE)
@@ -289,7 +289,7 @@ def read(html):
 def tinted(text, experts=40, top_k=2):
     draw = np.random.default_rng(len(text))
     ids_TK = draw.integers(0, experts, (len(text), top_k))
-    return TintedText("page", byte_pieces(text), ids_TK, draw.random((len(text), top_k)))
+    return TintedText("page", 0, byte_pieces(text), ids_TK, draw.random((len(text), top_k)))
 
 
 @given(st.binary(min_size=1, max_size=60))
@@ -332,6 +332,7 @@ def test_known_characters(text, shown):
 def test_hovering_names_place_byte_experts_and_gates():
     result = TintedText(
         "page",
+        0,
         (b"<", b"\xc3", b"\xa9"),
         np.array([[7, 3], [1, -1], [2, 0]]),
         np.array([[0.625, 0.25], [0.5, 0.0], [0.5, 0.25]]),
@@ -344,10 +345,10 @@ def test_hovering_names_place_byte_experts_and_gates():
 
 def test_the_most_used_experts_have_the_tints_and_the_table():
     ids_TK = np.array([[5], [5], [5], [2], [2], [9]])
-    result = TintedText("page", byte_pieces(b"aab  c"), ids_TK)
+    result = TintedText("page", 0, byte_pieces(b"aab  c"), ids_TK)
     assert list(result.tints.items())[:3] == [(5, TINTS[0]), (2, TINTS[1]), (9, TINTS[2])]
     assert repr(result).splitlines() == [
-        "page · 6 tokens",
+        "page · layer 0 · 6 tokens",
         "expert  first for  most often",
         "     5       50 %  a 2  b 1",
         "     2       33 %  ␣ 2",
@@ -361,7 +362,7 @@ def test_text_is_bounded_and_its_lengths_must_match():
     with pytest.raises(ValueError, match=r"text of 0 tokens"):
         tinted(b"")
     with pytest.raises(ValueError, match=r"expert_ids_TK has 1 tokens, the text has 2"):
-        TintedText("page", (b"a", b"b"), np.array([[0]]))
+        TintedText("page", 0, (b"a", b"b"), np.array([[0]]))
     assert len(tinted(bytes(range(256)) * 16, top_k=4).html()) < 250 * MAX_TOKENS
 
 

@@ -51,7 +51,7 @@ def numbers(panel):
 
 def test_it_opens_on_the_recorded_choice_with_its_numbers(panel, trace):
     assert panel.preset.value == "as recorded"
-    assert (panel.layer.value, panel.domain.value, panel.window.value, panel.top_k.value) == (0, None, 3000, 4)
+    assert (panel.layer.value, panel.domain.value, panel.window.value, panel.top_k.value) == (0, "all domains", 3000, 4)
     load = imbalance(trace).load(0)
     assert f"max/mean {load.metrics.max_over_mean:.2f}" in numbers(panel)
     assert "3,000 tokens x 1 window, all domains, layer 0, one rank" in numbers(panel)
@@ -178,9 +178,9 @@ def test_every_preset_can_be_chosen(panel, trace, name):
 
 def test_groups_are_those_that_divide_the_experts():
     assert group_options(8) == {
-        "off": None, "2 keep 1": (2, 1), "4 keep 2": (4, 2), "4 keep 1": (4, 1)
+        "off": "off", "2 keep 1": (2, 1), "4 keep 2": (4, 2), "4 keep 1": (4, 1)
     }  # fmt: skip
-    assert group_options(3) == {"off": None}
+    assert group_options(3) == {"off": "off"}
     for groups, kept in list(group_options(64).values())[1:]:
         RouterConfig(num_expert_groups=groups, num_limited_groups=kept).check(64, 2)
 

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Int
@@ -32,6 +33,11 @@ class Choice:
     def recorded(cls, trace: RoutingTrace) -> Choice:
         """The choice that the recorded model made itself."""
         return cls(top_k=trace.top_k, router=trace.info.router, use_bias=trace.expert_bias_LE is not None)
+
+    def but(self, **changes: Any) -> Choice:
+        """The same choice with some settings changed, by the field names of `Choice` and `RouterConfig`."""
+        own = {name: changes.pop(name) for name in ("top_k", "use_bias", "temperature") if name in changes}
+        return dataclasses.replace(self, router=dataclasses.replace(self.router, **changes), **own)
 
     def __str__(self) -> str:
         router = self.router
@@ -115,7 +121,8 @@ class ChoiceComparison(Text):
                 )
             )
         load = self.loads[0]
-        return f"open-loop · layer {load.layer} · {load.tokens:,} tokens · {load.domain} · one rank\n{table(rows)}"
+        where = f"open-loop · layer {load.layer} · {load.tokens:,} tokens · {load.domain} · one rank"
+        return f"{where}\n{table(rows, left=(0, 7))}"
 
 
 def compare_choices(

@@ -136,15 +136,15 @@ class WindowSweep(Text):
 
 
 def window_sweep(trace: RoutingTrace, layer: int, *, domain: str | None = None, smallest: int = 64) -> WindowSweep:
-    """max/mean of one layer for windows of `smallest`, twice that, ... valid tokens; chance is of one window.
+    """max/mean of one layer for windows of `smallest`, twice that, ... valid tokens, as long as there are four.
 
-    The order of documents and that of mixed tokens have fixed seeds.
+    Chance is that of one window. The order of documents and that of mixed tokens have fixed seeds.
     """
     trace = trace.layer(layer)
     packed_t = _valid_tokens(trace, domain)
     mixed_t = packed_t[torch.from_numpy(np.random.default_rng(0).permutation(len(packed_t)))]
     sizes = [smallest]
-    while sizes[-1] * 2 <= len(packed_t):
+    while sizes[-1] * 8 <= len(packed_t):
         sizes.append(sizes[-1] * 2)
     rows = []
     for size in sizes:

@@ -65,8 +65,7 @@ def tint(
     else:
         ids_TK, gates_TK = (routing := choice.route(shown, layer)).expert_ids_TK, routing.gates_TK
     gates = None if gates_TK is None else gates_TK.numpy()
-    where = f"{trace.info.model} · layer {layer}"
-    return TintedText(where, tuple(pieces), ids_TK.numpy(), gates, tuple(headings))
+    return TintedText(trace.info.model, layer, tuple(pieces), ids_TK.numpy(), gates, tuple(headings))
 
 
 def _part(

@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.collections import PolyCollection
 from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont, get_font
 from matplotlib.lines import Line2D
-from matplotlib.patches import Patch, Rectangle
+from matplotlib.patches import Patch
 from matplotlib.ticker import NullLocator
 
 from moe_lab.study.domains import Classification
@@ -161,21 +162,23 @@ def confusion(result: Classification, what: str) -> Figure:
 def tokens(result: TintedText, *, size: tuple[int, int] = PICTURE) -> Figure:
     """The beginning of a tinted text, as much as fits."""
     width, height = size
-    advance, step, top = 6.05, 13.0, 48.0
-    columns, lines = int((width - 20) / advance), int((height - top - 4) / step)
+    columns, lines = int((width - 20) / 6), int((height - 54) / 13)
+    rows = _rows(result, columns)[:lines]
     with theme.style():
         drawn = theme.figure(*size)
-        axes = inset(drawn, left=10, right=10, bottom=4, top=top)
-        heading(axes, "Text by first expert", result.where)
+        axes = inset(drawn, left=10, right=10, bottom=4, top=50)
+        axes.set_title(f"Text by first expert, layer {result.layer}", pad=23)  # in line with the other pictures
         for place, (expert, share) in enumerate(result.shares()[: int(width / 55)]):
             chip: dict[str, Any] = {"facecolor": result.tints[expert], "lw": 0, "pad": 1.5}
-            drawn.text((12 + 55 * place) / width, 1 - 40 / height, f"{expert}  {share}", size=7, bbox=chip)
-        axes.set(xlim=(0, (width - 20) / advance), ylim=(lines, 0))
+            drawn.text((12 + 55 * place) / width, 1 - 43 / height, f"{expert}  {share}", size=7, bbox=chip)
+        axes.set(xlim=(0, (width - 20) / 6), ylim=((height - 54) / 13, 0))
         axes.axis("off")
-        for row, cells in enumerate(_rows(result, columns)[:lines]):
-            for column, (character, colour) in enumerate(cells):
-                axes.add_patch(Rectangle((column, row), 1, 1, color=colour, lw=0))
-                axes.text(column + 0.5, row + 0.74, character, size=7.2, family="DejaVu Sans Mono", ha="center")
+        cells = [(column, row, colour) for row, cells in enumerate(rows) for column, (_, colour) in enumerate(cells)]
+        boxes = [[(x, y), (x + 1, y), (x + 1, y + 1), (x, y + 1)] for x, y, _ in cells]
+        axes.add_collection(PolyCollection(boxes, facecolors=[colour for *_, colour in cells], linewidths=0))
+        for row, characters_ in enumerate(rows):  # 7.176 points make a character 6 pixels wide
+            line = "".join(character for character, _ in characters_)
+            axes.text(0, row + 0.74, line, size=7.176, family="DejaVu Sans Mono", parse_math=False)
     return drawn
 
 

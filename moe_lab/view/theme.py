@@ -96,20 +96,20 @@ def css_width(drawn: Figure) -> int:
 
 
 def png(drawn: Figure) -> bytes:
-    """A figure as PNG bytes."""
+    """A figure as PNG bytes, compressed well."""
     canvas = drawn.canvas
     if not isinstance(canvas, FigureCanvasAgg):
         canvas = FigureCanvasAgg(drawn)
     canvas.draw()
-    return encode(canvas)
+    return encode(canvas, compress_level=9)
 
 
-def encode(canvas: FigureCanvasAgg) -> bytes:
-    """What a canvas holds as PNG bytes; lightly compressed, since it travels over a local socket."""
+def encode(canvas: FigureCanvasAgg, *, compress_level: int = 1) -> bytes:
+    """What a canvas holds as PNG bytes; lightly compressed when it only travels over a local socket."""
     width, height = canvas.get_width_height(physical=True)
     image = Image.frombuffer("RGBA", (width, height), canvas.buffer_rgba(), "raw", "RGBA", 0, 1)
     out = io.BytesIO()
-    image.convert("RGB").save(out, "PNG", compress_level=1)
+    image.convert("RGB").save(out, "PNG", compress_level=compress_level)
     return out.getvalue()
 
 

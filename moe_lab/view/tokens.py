@@ -30,7 +30,8 @@ class TintedText(Text):
     Raises `ValueError` for lengths that differ and for more than 4,096 tokens, which no page should hold.
     """
 
-    where: str
+    model: str
+    layer: int
     pieces: tuple[bytes, ...]
     expert_ids_TK: Integer[NDArray[np.integer], "T K"]
     gates_TK: Float[NDArray[np.floating], "T K"] | None = None
@@ -44,6 +45,11 @@ class TintedText(Text):
             value = getattr(self, name)
             if value is not None and len(value) != tokens:
                 raise ValueError(f"{name} has {len(value):,} tokens, the text has {tokens:,}")
+
+    @property
+    def where(self) -> str:
+        """What the experts are of."""
+        return f"{self.model} · layer {self.layer}"
 
     @property
     def parts(self) -> list[tuple[str, int, int]]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import base64
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from html import escape
 from typing import Any
@@ -63,12 +63,17 @@ class Panel:
         self.widget = widgets.VBox(parts)
         self.widget.add_class("moe-panel")
 
-    def watch(self, *controls: widgets.Widget) -> None:
-        """Refresh whenever one of these changes."""
-        for control in controls:
-            control.observe(lambda change: self.refresh(), names="value")
+    def watch(self, controls: Sequence[widgets.Widget], act: Callable[[], None]) -> None:
+        """Act whenever somebody changes one of these controls; not while the panel changes them itself."""
+        for watched in controls:
+            watched.observe(lambda change: self._act(act), names="value")
 
-    def button(self, name: str, tooltip: str, pressed: Any) -> widgets.Button:
+    def _act(self, act: Callable[[], None]) -> None:
+        with self._lock:
+            if not self._held:
+                act()
+
+    def button(self, name: str, tooltip: str, pressed: Callable[[], None]) -> widgets.Button:
         """A button below the pictures."""
         made = widgets.Button(description=name, tooltip=tooltip, layout={"width": "auto"})
         made.on_click(lambda button: pressed())
@@ -88,8 +93,6 @@ class Panel:
     def refresh(self) -> None:
         """Show what the controls say now; what cannot be is said in the panel, over the last good pictures."""
         with self._lock:
-            if self._held:
-                return
             began = time.perf_counter()
             try:
                 self._update()

@@ -13,13 +13,14 @@ from moe_lab.view.panels.base import control
 
 RECORDED, CUSTOM = "as recorded", "custom"
 SCORES = (("softmax", "softmax"), ("sigmoid", "sigmoid"), ("sqrt softplus", "sqrt_softplus"))
-FORCED = (("off", None), ("round robin", "round_robin"), ("random", "random"))
-Groups = tuple[int, int]
+OFF = "off"  # a dropdown shows nothing for None
+FORCED = ((OFF, OFF), ("round robin", "round_robin"), ("random", "random"))
+Groups = tuple[int, int] | str
 
 
-def group_options(num_experts: int) -> dict[str, Groups | None]:
+def group_options(num_experts: int) -> dict[str, Groups]:
     """Ways to limit a choice to some groups of E experts: a power of two of groups, two experts each or more."""
-    options: dict[str, Groups | None] = {"off": None}
+    options: dict[str, Groups] = {OFF: OFF}
     groups = 2
     while num_experts % groups == 0 and num_experts // groups >= 2:
         kept = groups // 2
@@ -55,7 +56,7 @@ class ChoiceControls:
         self.preset = control(widgets.Dropdown, "choice", "170px", options=[RECORDED])
         self.top_k = control(widgets.IntSlider, "K", "200px", min=1, max=2, value=1)
         self.score = control(widgets.Dropdown, "score", "150px", options=SCORES)
-        self.groups = control(widgets.Dropdown, "groups", "140px", options=[("off", None)])
+        self.groups = control(widgets.Dropdown, "groups", "140px", options=[OFF])
         self.bias = control(widgets.Checkbox, "bias", "60px", indent=False)
         self.forced = control(widgets.Dropdown, "forced balance", "185px", options=FORCED)
         self._base = RouterConfig()
@@ -76,8 +77,8 @@ class ChoiceControls:
         self.bias.disabled |= trace.expert_bias_LE is None
         options = group_options(experts)
         own = (recorded.router.num_expert_groups, recorded.router.num_limited_groups)
-        if own[0] is not None and own not in options.values():
-            options[f"{own[0]} keep {own[1]}"] = own  # type: ignore[assignment]
+        if own[0] and own[1] and own not in options.values():
+            options[f"{own[0]} keep {own[1]}"] = own[0], own[1]
         self.preset.options = [*self._known, CUSTOM]
         self.groups.options = list(options.items())
         self.top_k.max = min(experts, max(16, 2 * trace.top_k))
@@ -89,9 +90,9 @@ class ChoiceControls:
         self.top_k.value = choice.top_k
         self.score.value = router.score_func
         groups = router.num_expert_groups
-        self.groups.value = None if groups is None else (groups, router.num_limited_groups)
+        self.groups.value = OFF if groups is None else (groups, router.num_limited_groups)
         self.bias.value = choice.use_bias
-        self.forced.value = router.force_load_balance
+        self.forced.value = router.force_load_balance or OFF
         self.name()
 
     def take_preset(self) -> None:
@@ -110,12 +111,12 @@ class ChoiceControls:
         return None if choice == self._known[RECORDED] else choice
 
     def _choice(self) -> Choice:
-        groups, kept = self.groups.value or (None, None)
+        groups, kept = (None, None) if self.groups.value == OFF else self.groups.value
         router = dataclasses.replace(
             self._base,
             score_func=self.score.value,
             num_expert_groups=groups,
             num_limited_groups=kept,
-            force_load_balance=self.forced.value,
+            force_load_balance=None if self.forced.value == OFF else self.forced.value,
         )
         return Choice(top_k=self.top_k.value, router=router, use_bias=self.bias.value)

@@ -133,7 +133,7 @@ class RoutingPanel(Panel):
         self.file = control(widgets.Text, "your trace", "172px", continuous_update=False)
         self.file.placeholder = "path of a .safetensors"
         self.layer = control(widgets.IntSlider, "layer", "180px", min=0, max=1)
-        self.domain = control(widgets.Dropdown, "domain", "155px", options=[(ALL_DOMAINS, None)])
+        self.domain = control(widgets.Dropdown, "domain", "155px", options=[ALL_DOMAINS])
         bounds = {"min": SMALLEST_WINDOW, "max": 2**31 - 1}
         self.window = control(widgets.BoundedIntText, "tokens per window", "198px", value=4096, **bounds)
         self.window_slider = control(widgets.IntSlider, "", "84px", min=0, max=1, readout=False)
@@ -141,13 +141,12 @@ class RoutingPanel(Panel):
         self.preset, self.top_k, self.score, self.groups, self.bias, self.forced = self.choosing.widgets
 
     def _connect(self) -> None:
-        self.source.observe(lambda change: self._reopen(), names="value")
-        self.file.observe(lambda change: self._open_file(), names="value")
-        self.window_slider.observe(lambda change: self._slide_window(), names="value")
-        self.preset.observe(lambda change: self._take_preset(), names="value")
-        for chosen in self.choosing.widgets[1:]:
-            chosen.observe(lambda change: self._name_choice(), names="value")
-        self.watch(self.layer, self.domain, self.window, *self.choosing.widgets[1:])
+        self.watch([self.source], self._reopen)
+        self.watch([self.file], self._open_file)
+        self.watch([self.window_slider], self._slide_window)
+        self.watch([self.preset], self._take_preset)
+        self.watch(self.choosing.widgets[1:], self._name_choice)
+        self.watch([self.layer, self.domain, self.window], self.refresh)
 
     def _open(self) -> None:
         """Fit every control to the chosen source, as recorded, and make pictures of its size."""
@@ -159,7 +158,7 @@ class RoutingPanel(Panel):
             _bound(self.layer, min(layers), max(layers))
             if self.layer.value not in layers:
                 self.layer.value = layers[0]
-            self.domain.options = [(ALL_DOMAINS, None), *((domain, domain) for domain in trace.domains)]
+            self.domain.options = [ALL_DOMAINS, *trace.domains]
             _bound(self.window_slider, 0, len(self._sizes) - 1)
             self.window.max = tokens
             self.window.value = min(4096, tokens)
@@ -172,8 +171,6 @@ class RoutingPanel(Panel):
             rerouted(trace, replace(Choice.recorded(trace), top_k=trace.top_k % trace.num_experts + 1))
 
     def _reopen(self) -> None:
-        if self._held:
-            return
         try:
             self._open()
         except ValueError as error:
@@ -186,30 +183,27 @@ class RoutingPanel(Panel):
         if not self.file.value.strip():
             return
         try:
-            trace = RoutingTrace.load(path)
+            self._traces[path.name] = RoutingTrace.load(path)
         except ValueError as error:
             self.fail(error)
             return
-        self._traces[path.name] = trace
         with self.hold():
             self.source.options = list(self._traces)
             self.source.value = path.name
         self._reopen()
 
     def _slide_window(self) -> None:
-        if not self._held:
-            self.window.value = self._sizes[self.window_slider.value]
+        self.window.value = self._sizes[self.window_slider.value]
 
     def _take_preset(self) -> None:
-        if not self._held:
-            with self.hold():
-                self.choosing.take_preset()
-            self.refresh()
+        with self.hold():
+            self.choosing.take_preset()
+        self.refresh()
 
     def _name_choice(self) -> None:
-        if not self._held:
-            with self.hold():
-                self.choosing.name()
+        with self.hold():
+            self.choosing.name()
+        self.refresh()
 
     # compute and draw
 
@@ -218,7 +212,7 @@ class RoutingPanel(Panel):
         return Params(
             trace=self.trace,
             layer=self.layer.value,
-            domain=self.domain.value,
+            domain=None if self.domain.value == ALL_DOMAINS else self.domain.value,
             window=self.window.value,
             choice=self.choosing.value(),
             pages=self._pages,
