@@ -1,10 +1,13 @@
 """The layer as a loop over tokens, in any dtype, and the error budget that it sets.
 
-A result is a dict: "out", "x" (the input's gradient) and the gradient of every parameter by its name. The loop
-takes the layer's own expert ids, since choices of two dtypes differ near ties.
+A result is a dict: "out", "x" (the input's gradient) and the gradient of every parameter by its name, where the
+router's bias is one more column of its weight: six numbers are too few for a ratio of errors. The loop takes the
+layer's own expert ids, since choices of two dtypes differ near ties.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +33,15 @@ def run(moe: MoE, x: Tensor, probe: Tensor) -> tuple[Result, Tensor]:
     hook.remove()
     names, params = zip(*moe.named_parameters())
     grads = torch.autograd.grad((out * probe).sum(), (x, *params))
-    return {"out": out.detach(), **dict(zip(("x", *names), grads))}, routings[0].expert_ids_TK
+    return _result(out, ("x", *names), grads), routings[0].expert_ids_TK
+
+
+def _result(out: Tensor, names: Iterable[str], grads: Iterable[Tensor]) -> Result:
+    result = {"out": out.detach(), **dict(zip(names, grads))}
+    if "router.gate.bias" in result:
+        columns = [result["router.gate.weight"], result.pop("router.gate.bias")[:, None]]
+        result["router.gate.weight"] = torch.cat(columns, dim=1)
+    return result
 
 
 def loop_over_tokens(moe: MoE, x: Tensor, ids_TK: Tensor, probe: Tensor, dtype: torch.dtype) -> Result:
@@ -69,7 +80,7 @@ def loop_over_tokens(moe: MoE, x: Tensor, ids_TK: Tensor, probe: Tensor, dtype: 
         outs.append(out_D[None])
     out = torch.cat(outs).view(x.shape)
     grads = torch.autograd.grad((out * probe.to(dtype)).sum(), (x_wide, *leaves.values()), materialize_grads=True)
-    return {"out": out.detach(), **{name: g.to(dtype) for name, g in zip(("x", *leaves), grads)}}
+    return _result(out, ("x", *leaves), [grad.to(dtype) for grad in grads])
 
 
 def relative_error(got: Tensor, exact: Tensor) -> float:

@@ -63,6 +63,14 @@ def test_the_mode_is_on_inside_and_the_callers_afterwards(callers_mode):
 
 
 @SHAPES
+def test_the_op_runs_in_deterministic_mode(monkeypatch, dims):
+    modes, use = [], torch.use_deterministic_algorithms
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda *a, **k: (modes.append(a), use(*a, **k)))
+    deterministic_scatter_add(*draw(dims))
+    assert modes == [(True,), (False,)]
+
+
+@SHAPES
 def test_the_op_restores_the_callers_mode(callers_mode, dims):
     deterministic_scatter_add(*draw(dims))
     assert current_mode() == callers_mode
