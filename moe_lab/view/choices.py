@@ -66,25 +66,26 @@ def rerouted(trace: RoutingTrace, choice: Choice) -> RoutingTrace:
     if choice == Choice.recorded(trace):
         return trace
     choice.router.check(trace.num_experts, choice.top_k)
-    ids = [_ids(trace, layer, choice) for layer in trace.info.layers]
+    ids_LTK = _ranking(trace, dataclasses.replace(choice, top_k=_reach(trace, choice)))[..., : choice.top_k]
     info = dataclasses.replace(trace.info, top_k=choice.top_k, router=choice.router)
-    return dataclasses.replace(trace, info=info, expert_ids_LTK=torch.stack(ids), gates_LTK=None, logits_LTE=None)
+    return dataclasses.replace(trace, info=info, expert_ids_LTK=ids_LTK, gates_LTK=None, logits_LTE=None)
 
 
-def _ids(trace: RoutingTrace, layer: int, choice: Choice) -> Int[Tensor, "T K"]:
+def _reach(trace: RoutingTrace, choice: Choice) -> int:
+    """The largest K whose first experts are those of every smaller K: all that a token could be given."""
     router = choice.router
-    if router.force_load_balance or router.group_score == "topk_share":  # what is chosen first depends on K
-        return choice.route(trace, layer).expert_ids_TK.to(torch.int16)
-    reach = trace.num_experts
+    if router.force_load_balance or router.group_score == "topk_share":
+        return choice.top_k
     if router.num_expert_groups and router.num_limited_groups:
-        reach = reach // router.num_expert_groups * router.num_limited_groups
-    return _ranking(trace, layer, dataclasses.replace(choice, top_k=reach))[:, : choice.top_k]
+        return trace.num_experts // router.num_expert_groups * router.num_limited_groups
+    return trace.num_experts
 
 
-@lru_cache(maxsize=64)
-def _ranking(trace: RoutingTrace, layer: int, choice: Choice) -> Int[Tensor, "T K"]:
-    """All experts a token could be given, the best first: every smaller K takes a part of it from the left."""
-    return choice.route(trace, layer).expert_ids_TK.to(torch.int16)
+@lru_cache(maxsize=2)
+def _ranking(trace: RoutingTrace, choice: Choice) -> Int[Tensor, "L T K"]:
+    """Experts of every token, the best first; kept, so that a slider of K only takes more or fewer of them."""
+    ids = [choice.route(trace, layer).expert_ids_TK.to(torch.int16) for layer in trace.info.layers]
+    return torch.stack(ids)
 
 
 @dataclass(frozen=True, eq=False, repr=False)

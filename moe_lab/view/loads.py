@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -14,6 +15,8 @@ from moe_lab.study.load import ALL_DOMAINS, Load, packing_order
 from moe_lab.study.metrics import LoadImbalance, NullBand, measure, null_band
 from moe_lab.study.trace import RoutingTrace
 from moe_lab.view.text import Text, table
+
+Tokens = Int[NDArray[np.int64], " t"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,14 +40,17 @@ def ratio(load: Load) -> Float[NDArray[np.float64], " E"]:
     return load.shares_E.numpy() * len(load.shares_E)
 
 
-def window_loads(trace: RoutingTrace, *, domain: str | None = None, window: int | None = None) -> WindowLoads:
+def window_loads(
+    trace: RoutingTrace, *, domain: str | None = None, window: int | None = None, tokens_t: Tokens | None = None
+) -> WindowLoads:
     """Loads of `imbalance(trace, window)` for one domain, or all, and nothing else.
 
-    Documents come in the shuffled order of `imbalance`. A window longer than the text is cut to it; None is the
-    whole text. Raises `ValueError` for a domain that is not here, and where everything was dropped.
+    Documents come in the shuffled order of `imbalance`; `tokens_t` is that order where it is known already. A
+    window longer than the text is cut to it; None is the whole text. Raises `ValueError` for a domain that is
+    not here, and where everything was dropped.
     """
-    order_t = _valid_tokens(trace, domain)
-    tokens, windows, window_T = _windows(trace, order_t, window)
+    tokens_t = packed_tokens(trace, domain) if tokens_t is None else tokens_t
+    tokens, windows, window_T = _windows(trace, tokens_t, window)
     counts_LWE = trace.counts_by(window_T, windows).numpy()
     if not counts_LWE.sum(axis=2).all():
         raise ValueError(f"every assignment of a window of {domain or ALL_DOMAINS} was dropped: there is no load")
@@ -56,6 +62,21 @@ def window_loads(trace: RoutingTrace, *, domain: str | None = None, window: int 
     ratio_LWE = counts_LWE / counts_LWE.mean(axis=2, keepdims=True)
     low_LE, high_LE = np.quantile(ratio_LWE, (0.05, 0.95), axis=1)
     return WindowLoads(loads, low_LE, high_LE)
+
+
+@lru_cache(maxsize=32)
+def packed_tokens(trace: RoutingTrace, domain: str | None) -> Tokens:
+    """Indices of the valid tokens of a domain, or of all, by document in a shuffled order."""
+    if domain is not None and domain not in trace.domains:
+        raise ValueError(f"domain={domain!r} is not in this trace: choose one of {', '.join(trace.domains)}")
+    order_T = packing_order(trace).numpy()
+    kept_T = trace.valid_T.numpy()
+    if domain is not None:
+        kept_T = kept_T & (trace.domain_T.numpy() == trace.domains.index(domain))
+    tokens_t = order_T[kept_T[order_T]]
+    if not len(tokens_t):
+        raise ValueError(f"{domain or ALL_DOMAINS}: no valid token, nothing was routed")
+    return tokens_t
 
 
 def _load(
@@ -74,31 +95,16 @@ def _load(
     )
 
 
-def _valid_tokens(trace: RoutingTrace, domain: str | None) -> Int[torch.Tensor, " t"]:
-    """Valid tokens of a domain, by document in a shuffled order."""
-    if domain is not None and domain not in trace.domains:
-        raise ValueError(f"domain={domain!r} is not in this trace: choose one of {', '.join(trace.domains)}")
-    order_T = packing_order(trace)
-    order_t = order_T[trace.valid_T[order_T]]
-    if domain is not None:
-        order_t = order_t[trace.domain_T[order_t] == trace.domains.index(domain)]
-    if not len(order_t):
-        raise ValueError(f"{domain or ALL_DOMAINS}: no valid token, nothing was routed")
-    return order_t
-
-
-def _windows(
-    trace: RoutingTrace, order_t: Int[torch.Tensor, " t"], window: int | None
-) -> tuple[int, int, Int[torch.Tensor, " T"]]:
+def _windows(trace: RoutingTrace, tokens_t: Tokens, window: int | None) -> tuple[int, int, Int[torch.Tensor, " T"]]:
     """Tokens a window, windows, and each token's window (-1: none)."""
-    tokens = len(order_t)
+    tokens = len(tokens_t)
     if window is not None:
         check_int("tokens per window", window, 1)
         tokens = min(window, tokens)
-    windows = len(order_t) // tokens
-    window_T = torch.full((trace.num_tokens,), -1)
-    window_T[order_t[: windows * tokens]] = torch.arange(windows * tokens) // tokens
-    return tokens, windows, window_T
+    windows = len(tokens_t) // tokens
+    window_T = np.full(trace.num_tokens, -1)
+    window_T[tokens_t[: windows * tokens]] = np.arange(windows * tokens) // tokens
+    return tokens, windows, torch.from_numpy(window_T)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -141,8 +147,8 @@ def window_sweep(trace: RoutingTrace, layer: int, *, domain: str | None = None, 
     Chance is that of one window. The order of documents and that of mixed tokens have fixed seeds.
     """
     trace = trace.layer(layer)
-    packed_t = _valid_tokens(trace, domain)
-    mixed_t = packed_t[torch.from_numpy(np.random.default_rng(0).permutation(len(packed_t)))]
+    packed_t = packed_tokens(trace, domain)
+    mixed_t = np.random.default_rng(0).permutation(packed_t)
     sizes = [smallest]
     while sizes[-1] * 8 <= len(packed_t):
         sizes.append(sizes[-1] * 2)
@@ -156,8 +162,6 @@ def window_sweep(trace: RoutingTrace, layer: int, *, domain: str | None = None, 
     return WindowSweep(*where, packed_S, low_S, high_S, mixed_S, nulls)
 
 
-def _max_over_mean(
-    trace: RoutingTrace, order_t: Int[torch.Tensor, " t"], window: int
-) -> Float[NDArray[np.float64], " W"]:
-    _, windows, window_T = _windows(trace, order_t, window)
+def _max_over_mean(trace: RoutingTrace, tokens_t: Tokens, window: int) -> Float[NDArray[np.float64], " W"]:
+    _, windows, window_T = _windows(trace, tokens_t, window)
     return measure(trace.counts_by(window_T, windows)[0].numpy())[:, 0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from typing import NamedTuple
 
 from moe_lab import data
 from moe_lab.jobs.sources import find_source
@@ -48,24 +49,37 @@ def tint(
     None when no document's text is here, or it does not match its tokens. With a `choice`, experts are those that
     it makes of the recorded logits.
     """
+    excerpt = _excerpt(trace, domain, tokens, read)
+    if excerpt is None:
+        return None
+    part = excerpt.trace.layer(layer)
+    ids_TK, gates_TK = part.expert_ids_LTK[0], None if part.gates_LTK is None else part.gates_LTK[0]
+    if choice is not None and choice != Choice.recorded(trace):
+        routing = choice.route(part, layer)
+        ids_TK, gates_TK = routing.expert_ids_TK, routing.gates_TK
+    gates = None if gates_TK is None else gates_TK.numpy()
+    return TintedText(trace.info.model, layer, excerpt.pieces, ids_TK.numpy(), gates, excerpt.headings)
+
+
+class _Excerpt(NamedTuple):
+    pieces: tuple[bytes, ...]
+    headings: tuple[tuple[int, str], ...]
+    trace: RoutingTrace
+
+
+@lru_cache(maxsize=32)
+def _excerpt(trace: RoutingTrace, domain: str | None, tokens: int, read: Reader) -> _Excerpt | None:
+    """What is shown, whoever chooses the experts."""
     domains = trace.domains if domain is None else (domain,)
     parts = [part for name in domains if (part := _part(trace, name, tokens // len(domains), read)) is not None]
     if not parts:
         return None
     pieces: list[bytes] = []
-    headings, traces = [], []
-    for heading, text, shown in parts:
+    headings = []
+    for heading, text, _ in parts:
         headings.append((len(pieces), heading))
         pieces += text
-        traces.append(shown)
-    shown = RoutingTrace.concatenate(traces).layer(layer)
-    if choice is None or choice == Choice.recorded(trace):
-        ids_TK, gates_LTK = shown.expert_ids_LTK[0], shown.gates_LTK
-        gates_TK = None if gates_LTK is None else gates_LTK[0]
-    else:
-        ids_TK, gates_TK = (routing := choice.route(shown, layer)).expert_ids_TK, routing.gates_TK
-    gates = None if gates_TK is None else gates_TK.numpy()
-    return TintedText(trace.info.model, layer, tuple(pieces), ids_TK.numpy(), gates, tuple(headings))
+    return _Excerpt(tuple(pieces), tuple(headings), RoutingTrace.concatenate([shown for *_, shown in parts]))
 
 
 def _part(

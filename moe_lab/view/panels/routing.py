@@ -17,7 +17,7 @@ from moe_lab.study.load import ALL_DOMAINS, Load
 from moe_lab.study.trace import Document, RoutingTrace
 from moe_lab.view import plots, theme
 from moe_lab.view.choices import Choice, rerouted
-from moe_lab.view.loads import WindowLoads, window_loads
+from moe_lab.view.loads import WindowLoads, packed_tokens, window_loads
 from moe_lab.view.pages import Reader, read_document, tint
 from moe_lab.view.panels import routing_forms as forms
 from moe_lab.view.panels.base import Panel, control
@@ -57,24 +57,26 @@ class View(NamedTuple):
 @lru_cache(maxsize=64)
 def compute(params: Params) -> View:
     """Route, count and measure. Raises `ValueError` for a layer, a choice or a window that cannot be."""
-    trace, layer = params.trace, params.layer
+    trace, layer, domain, pages = params.trace, params.layer, params.domain, params.pages
     if layer not in trace.info.layers:
         raise ValueError(f"layer={layer} was not recorded: choose one of {', '.join(map(str, trace.info.layers))}")
-    loads = _loads(trace, params.choice, params.domain, params.window)
-    return View(loads, loads.loads[trace.info.layers.index(layer)], _tinted(params))
+    loads = _loads(trace, params.choice, domain, params.window)
+    readable = pages is not None and (domain is None or domain in pages.domains)
+    tinted = _tint(pages, layer, params.choice, domain, params.read) if pages is not None and readable else None
+    return View(loads, loads.loads[trace.info.layers.index(layer)], tinted)
 
 
 @lru_cache(maxsize=64)
 def _loads(trace: RoutingTrace, choice: Choice | None, domain: str | None, window: int) -> WindowLoads:
     chosen = trace if choice is None else rerouted(trace, choice)
-    return window_loads(chosen, domain=domain, window=window)
+    return window_loads(chosen, domain=domain, window=window, tokens_t=packed_tokens(trace, domain))
 
 
-def _tinted(params: Params) -> TintedText | None:
-    pages, domain = params.pages, params.domain
-    if pages is None or (domain is not None and domain not in pages.domains):
-        return None
-    return tint(pages, params.layer, choice=params.choice, domain=domain, read=params.read)
+@lru_cache(maxsize=64)
+def _tint(
+    pages: RoutingTrace, layer: int, choice: Choice | None, domain: str | None, read: Reader
+) -> TintedText | None:
+    return tint(pages, layer, choice=choice, domain=domain, read=read)
 
 
 @dataclass(frozen=True, eq=False)
