@@ -151,3 +151,35 @@ def test_bytes_must_match_the_tokens():
         byte_explains(trace, random_bytes(79))
     with pytest.raises(ValueError, match="one byte for each of 80 tokens"):
         byte_histograms(trace, random_bytes(81), 16)
+
+
+def test_whitening_undoes_a_direction_in_which_all_windows_vary():
+    # Labels differ by 1 along the first axis; noise of 3 along (1, 1) hides it from Euclid, not from Mahalanobis.
+    generator = torch.Generator().manual_seed(0)
+    label_W = torch.arange(400) % 2
+    rows_WF = torch.randn(400, 2, generator=generator, dtype=torch.float64) * 0.1
+    rows_WF[:, 0] += label_W
+    mixed_WF = rows_WF + 3 * torch.randn(400, 1, generator=generator, dtype=torch.float64)
+    train, test = slice(0, 300), slice(300, 400)
+    plain, whitened = (
+        (nearest_centroid(mixed_WF[train], label_W[train], mixed_WF[test], 2, whiten=w) == label_W[test])
+        .double()
+        .mean()
+        for w in (False, True)
+    )
+    assert plain < 0.7 < whitened
+
+
+def test_whitened_distance_is_mahalanobis_by_hand():
+    train_WF = torch.tensor([[-2.0, 0], [2, 0], [-2, 3], [2, 3]], dtype=torch.float64)
+    # Around the two means the covariance is diag(4, 0); shrunk: 0.9 * diag(4, 0) + 0.1 * 2 = diag(3.8, 0.2).
+    # (2.9, 1.4): squared distances 2.9^2/3.8 + 1.4^2/0.2 to (0, 0) and 2.9^2/3.8 + 1.6^2/0.2 to (0, 3).
+    test_VF = torch.tensor([[2.9, 1.4], [2.9, 1.6]], dtype=torch.float64)
+    named = nearest_centroid(train_WF, torch.tensor([0, 0, 1, 1]), test_VF, 2, whiten=True)
+    assert named.tolist() == [0, 1]
+
+
+def test_whitening_by_the_windows_that_are_named_is_refused():
+    histograms = Histograms(torch.eye(2, dtype=torch.float64), torch.tensor([0, 1]), torch.tensor([0, 1]), ("a", "b"))
+    with pytest.raises(ValueError, match="whiten=True needs train"):
+        classify(histograms, whiten=True)

@@ -38,6 +38,7 @@ def passages(split: Split, files: int | None, length: int, per_file: int) -> Ite
 def domains_report(model: MoELM, corpus: Corpus, train_files: int, per_file: int) -> dict[str, Any]:
     """Windows of held-out text named by centroids of training text: from experts, and from bytes alone.
 
+    Each by the nearest centroid as it is, and after whitening by the training windows (see `nearest_centroid`).
     The share of the first expert's entropy that the byte explains is by layer, over the held-out windows.
     """
     length = model.config.max_length
@@ -52,7 +53,9 @@ def domains_report(model: MoELM, corpus: Corpus, train_files: int, per_file: int
     return {
         "window": WINDOW,
         "by_experts": _named(classify(experts[1], experts[0])),
+        "by_experts_whitened": _named(classify(experts[1], experts[0], whiten=True)),
         "by_bytes": _named(classify(characters[1], characters[0])),
+        "by_bytes_whitened": _named(classify(characters[1], characters[0], whiten=True)),
         "byte_explains_by_layer": [round(share, 4) for share in byte_explains(traces[1], texts[1]).tolist()],
     }
 

@@ -73,31 +73,48 @@ def byte_histograms(trace: RoutingTrace, byte_T: UInt8[Tensor, " T"], window: in
 
 
 def nearest_centroid(
-    train_WF: Float[Tensor, "W F"], label_W: Int[Tensor, " W"], test_VF: Float[Tensor, "V F"], num_labels: int
+    train_WF: Float[Tensor, "W F"],
+    label_W: Int[Tensor, " W"],
+    test_VF: Float[Tensor, "V F"],
+    num_labels: int,
+    *,
+    whiten: bool = False,
 ) -> Int[Tensor, " V"]:
-    """Label each test row by the nearest mean of training rows (Euclidean).
+    """Label each test row by the nearest mean of training rows, in Euclidean distance.
 
+    With `whiten`, in Mahalanobis distance: by the covariance of training rows around their means, nine tenths of
+    it and one tenth of its mean variance in every direction (linear discriminant analysis with equal priors).
     A label without training rows is never chosen.
     """
+    if whiten:
+        sums_DF, count_D = _sums(train_WF, label_W, num_labels)
+        around_WF = train_WF - (sums_DF / count_D.clamp(min=1)[:, None])[label_W]
+        cov_FF = around_WF.mT @ around_WF / len(around_WF)
+        cov_FF = 0.9 * cov_FF + 0.1 * cov_FF.diagonal().mean() * torch.eye(len(cov_FF), dtype=cov_FF.dtype)
+        root_FF = torch.linalg.cholesky(cov_FF)
+        train_WF, test_VF = (torch.linalg.solve_triangular(root_FF, x.mT, upper=False).mT for x in (train_WF, test_VF))
     sums_DF, count_D = _sums(train_WF, label_W, num_labels)
     return _nearest(test_VF, sums_DF, count_D)
 
 
-def classify(histograms: Histograms, train: Histograms | None = None) -> Classification:
+def classify(histograms: Histograms, train: Histograms | None = None, *, whiten: bool = False) -> Classification:
     """Name the domain of each window by the nearest centroid of the others.
 
     Distances are between square roots of shares (Hellinger's), so that frequent experts do not drown the
     rest. Centroids come from `train`, or, without it, from all documents but the window's own: windows of one
-    document are too alike to test each other.
+    document are too alike to test each other. `whiten`, with `train` only: see `nearest_centroid`.
 
     Raises `ValueError` when the two describe different domains or features, and when a domain has no document
     left to learn from.
     """
+    if whiten and train is None:
+        raise ValueError("whiten=True needs train: the covariance must not come from the windows that are named")
     root_WF, domains = histograms.shares_WF.sqrt(), histograms.domains
     if train is not None:
         if train.domains != domains or train.shares_WF.shape[1] != root_WF.shape[1]:
             raise ValueError(f"train describes domains {train.domains}, not {domains}, or has other features")
-        named_W = nearest_centroid(train.shares_WF.sqrt(), train.domain_W, root_WF, len(domains))
+        train_WF = train.shares_WF.sqrt()
+        named_W = nearest_centroid(train_WF, train.domain_W, root_WF, len(domains), whiten=whiten)
     else:
         named_W = _leave_one_document_out(root_WF, histograms)
     cell_W = histograms.domain_W * len(domains) + named_W
