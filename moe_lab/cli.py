@@ -1,4 +1,4 @@
-"""The command line: `moe-lab lab | corpus | train | record | report`.
+"""The command line: `moe-lab lab | corpus | train | record | report | bench`.
 
 `lab` lives here; every other command is a module of `moe_lab.jobs`, imported only when it is chosen, that
 offers `add_arguments(parser)` and `main(args)`. Bad input is a `ValueError`, shown as a usage error.
@@ -22,6 +22,7 @@ JOBS = {
     "train": "train the small MoE language model",
     "record": "record routing traces of a trained model over held-out text",
     "report": "measure a trained model: bits per byte beside gzip, what its experts know of the text",
+    "bench": "measure a layer against its dense bound and other libraries",
 }
 
 

@@ -19,6 +19,8 @@ jaxtyping.install_import_hook([f"moe_lab.{room}" for room in sorted(ROOMS - UNCH
 import torch  # noqa: E402  (after the hook, like everything that may import moe_lab)
 
 torch.set_num_threads(2)
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is first imported: its kernels run on the CPU
 
 settings.register_profile("lab", deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("soak", settings.get_profile("lab"), max_examples=5000)

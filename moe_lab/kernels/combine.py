@@ -12,7 +12,7 @@ from torch import Tensor
 
 from moe_lab.kernels.tiles import TileRows
 
-BLOCK = 1024  # columns that one program moves, eight to a thread
+BLOCK = 2048  # columns that one program moves, sixteen to a thread
 
 
 def gather(x_TD: Tensor, rows: TileRows) -> Tensor:
@@ -22,7 +22,7 @@ def gather(x_TD: Tensor, rows: TileRows) -> Tensor:
     if num_rows:
         block = min(BLOCK, triton.next_power_of_2(dim))
         _gather_kernel[(num_rows, triton.cdiv(dim, block))](
-            x_TD, rows.order_P, rows_PD, dim, rows.position_TK.shape[1], block, num_warps=max(1, block // 256)
+            x_TD, rows.order_P, rows_PD, dim, rows.position_TK.shape[1], block, num_warps=max(1, block // 512)
         )
     return rows_PD
 
@@ -35,7 +35,7 @@ def combine(rows_PD: Tensor, gates_TK: Tensor | None, rows: TileRows) -> Tensor:
         block = min(BLOCK, triton.next_power_of_2(dim))
         _combine_kernel[(num_tokens, triton.cdiv(dim, block))](
             rows_PD, rows_PD if gates_TK is None else gates_TK, rows.position_TK, out_TD, dim,
-            top_k, gates_TK is not None, block, num_warps=max(1, block // 256),
+            top_k, gates_TK is not None, block, num_warps=max(1, block // 512),
         )  # fmt: skip
     return out_TD
 

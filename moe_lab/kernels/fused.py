@@ -98,7 +98,7 @@ def fused_down(
     from moe_lab.kernels import combine, grouped_gemm
 
     rows = TileRows(order_P, position_TK, starts_E1, expert_M1)
-    rows_PD = grouped_gemm.rows_product(hidden_PF, _aligned(w2_EDF), rows, transposed=True, gathered=False)
+    rows_PD = grouped_gemm.rows_product(hidden_PF, _aligned(w2_EDF), rows, transposed=True)
     return combine.combine(rows_PD, gates_TK.contiguous(), rows)
 
 
@@ -111,12 +111,12 @@ def fused_down_backward(
     from moe_lab.kernels import combine, grouped_gemm, swiglu
 
     rows = TileRows(order_P, position_TK, starts_E1, expert_M1)
-    grad_TD = _aligned(grad_TD)
-    grad_PF = grouped_gemm.rows_product(grad_TD, _aligned(w2_EDF), rows, transposed=False, gathered=True)
+    grad_PD = combine.gather(_aligned(grad_TD), rows)
+    grad_PF = grouped_gemm.rows_product(grad_PD, _aligned(w2_EDF), rows, transposed=False)
     grad_gate_up_2PF, grad_gates_TK, gated_PF = swiglu.swiglu_backward(
         grad_PF, gate_up_2PF, gates_TK.contiguous(), rows
     )
-    grad_w2 = grouped_gemm.weight_grad(combine.gather(grad_TD, rows), gated_PF, rows)
+    grad_w2 = grouped_gemm.weight_grad(grad_PD, gated_PF, rows)
     return grad_gate_up_2PF, grad_gates_TK, grad_w2
 
 

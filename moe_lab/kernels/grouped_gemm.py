@@ -1,13 +1,15 @@
 """Grouped matrix products in Triton, for rows that lie in whole tiles by expert (`moe_lab.kernels.tiles`).
 
-Each kernel is persistent: one program a multiprocessor walks over output tiles of TILE x COLUMNS, and the compiler
-flattens that walk and the sum over the inner dimension into one loop, so that the loads of the next tile run under
-the last products and the stores of this one. Operands come through tensor maps (the copy engine of Hopper), which
+Products of rows are persistent: one program a multiprocessor walks over output tiles of TILE x COLUMNS, and the
+compiler flattens that walk and the sum over the inner dimension into one loop, so that the loads of the next tile run
+under the last products and the stores of this one. Operands come through tensor maps (the copy engine of Hopper), which
 also bound them: columns past the end read as zeros and are not written. Gathered rows come through pointers.
 Accumulation is in float32, rounded once. The order of every sum is fixed: two runs agree to the bit.
 """
 
 from __future__ import annotations
+
+import functools
 
 import torch
 import triton
@@ -15,12 +17,14 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from moe_lab.kernels import combine
 from moe_lab.kernels.swiglu import silu
 from moe_lab.kernels.tiles import TILE, TileRows
 
 COLUMNS = 256
 HALF = COLUMNS // 2  # tiles are stored in two halves, to leave shared memory to the operands
 GROUP = 8
+GATHER_ONCE = 2048  # hidden width from which gathering before the product is faster (measured on an H200)
 COUNTS = [
     "num_tiles",
     "num_columns",
@@ -34,39 +38,36 @@ COUNTS = [
 def up(x_TD: Tensor, w1_EFD: Tensor, w3_EFD: Tensor, rows: TileRows, *, save: bool) -> tuple[Tensor, Tensor]:
     """Gate and up product of each row's token, (2, P, F), empty unless `save`; and hidden = silu(gate) * up, (P, F).
 
-    The gather, both products and SwiGLU are one kernel.
+    The gather, both products and SwiGLU are one kernel. Where rows are read so often (once for every HALF columns)
+    that loads through pointers cost more than a copy, the copy engine reads rows gathered before.
     """
     num_rows, (_, hidden_dim, dim) = rows.order_P.numel(), w1_EFD.shape
     hidden_PF = x_TD.new_empty(num_rows, hidden_dim)
     gate_up_2PF = x_TD.new_empty(2, num_rows if save else 0, hidden_dim)
     if num_rows:
         depth = _depth(x_TD)
+        gathered = hidden_dim < GATHER_ONCE
+        x = x_TD if gathered else _map(combine.gather(x_TD, rows), TILE, depth)
         w13, swap = _both(w1_EFD, w3_EFD, [2, 1, HALF, depth])
         hidden = _map(hidden_PF, TILE, HALF)
         gate, up = (_map(gate_up_2PF[i], TILE, HALF) if save else hidden for i in (0, 1))
-        _launch(_up_kernel, rows, hidden_dim, HALF)(
-            x_TD, rows.order_P, w13, gate, up, hidden, dim, rows.position_TK.shape[1],
-            swap, save, dim % depth == 0, depth,
+        _launch(_up_kernel, rows, hidden_dim, HALF, stages=3 if gathered else 4)(
+            x, rows.order_P, w13, gate, up, hidden, dim, rows.position_TK.shape[1],
+            gathered, swap, save, dim % depth == 0, depth,
         )  # fmt: skip
     return gate_up_2PF, hidden_PF
 
 
-def rows_product(a: Tensor, weight_E: Tensor, rows: TileRows, *, transposed: bool, gathered: bool) -> Tensor:
-    """(P, O): each row times its expert's weight, (E, I, O), or (E, O, I) if `transposed`.
-
-    Rows are those of `a` (P, I), or with `gathered` the token's of `a` (T, I), zeros in padding.
-    """
-    num_rows = rows.order_P.numel()
+def rows_product(a_PI: Tensor, weight_E: Tensor, rows: TileRows, *, transposed: bool) -> Tensor:
+    """(P, O): each row times its expert's weight, (E, I, O), or (E, O, I) if `transposed`."""
     inner, outer = weight_E.shape[:0:-1] if transposed else weight_E.shape[1:]
-    out_PO = a.new_empty(num_rows, outer)
-    if num_rows:
-        depth = _depth(a)
+    out_PO = a_PI.new_empty(a_PI.shape[0], outer)
+    if out_PO.numel():
+        depth = _depth(a_PI)
         block = [1, COLUMNS, depth] if transposed else [1, depth, COLUMNS]
-        source = a if gathered else _map(a, TILE, depth)
         _launch(_rows_kernel, rows, outer, COLUMNS)(
-            source, rows.order_P, _map(weight_E, *block), _map(out_PO, TILE, HALF), inner,
-            rows.position_TK.shape[1], transposed, gathered, inner % depth == 0, depth,
-        )  # fmt: skip
+            _map(a_PI, TILE, depth), _map(weight_E, *block), _map(out_PO, TILE, HALF), inner, transposed, depth
+        )
     return out_PO
 
 
@@ -91,9 +92,9 @@ def weight_grad(a_PM: Tensor, b_PN: Tensor, rows: TileRows) -> Tensor:
         return grad_EMN.zero_()
     depth = _depth(a_PM)
     num_m, num_n = triton.cdiv(a_PM.shape[1], TILE), triton.cdiv(b_PN.shape[1], COLUMNS)
-    _weight_grad_kernel[(_programs(a_PM, num_experts * num_m * num_n),)](
+    _weight_grad_kernel[(num_experts * num_m * num_n,)](
         _map(a_PM, depth, TILE), _map(b_PN, depth, COLUMNS), _map(grad_EMN, 1, TILE, HALF), rows.starts_E1,
-        num_m, num_n, num_experts, TILE, COLUMNS, depth, GROUP, num_warps=8, num_stages=4,
+        num_m, num_n, TILE, COLUMNS, depth, GROUP, num_warps=8, num_stages=4,
     )  # fmt: skip
     return grad_EMN
 
@@ -123,19 +124,25 @@ def _both(w1: Tensor, w3: Tensor, block: list[int]) -> tuple[TensorDescriptor, b
     return TensorDescriptor(first, [2, *first.shape], strides, block), swap
 
 
-def _programs(tensor: Tensor, tiles: int) -> int:
-    if tensor.device.type != "cuda":
-        return min(tiles, 3)  # in the interpreter, more than one to walk together
-    return min(tiles, torch.cuda.get_device_properties(tensor.device).multi_processor_count)
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 3  # in the interpreter, more than one to walk together
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _launch(kernel, rows: TileRows, width: int, columns: int):
-    """The kernel over all tiles of a (P, width) result, to be called with the arguments of its own."""
+def _launch(kernel, rows: TileRows, width: int, columns: int, stages: int = 4):
+    """The kernel over all tiles of a (P, width) result, to be called with the arguments of its own.
+
+    `stages` steps of the inner dimension are in flight.
+    """
     num_tiles, num_columns = rows.expert_M1.numel() - 1, triton.cdiv(width, columns)
-    grid = (_programs(rows.order_P, num_tiles * num_columns),)
+    grid = (min(num_tiles * num_columns, _multiprocessors(rows.order_P.device)),)
 
     def call(*args) -> None:
-        kernel[grid](rows.expert_M1, num_tiles, num_columns, *args, TILE, COLUMNS, GROUP, num_warps=8, num_stages=4)
+        kernel[grid](
+            rows.expert_M1, num_tiles, num_columns, *args, TILE, COLUMNS, GROUP, num_warps=8, num_stages=stages
+        )
 
     return call
 
@@ -173,8 +180,8 @@ def _store(out_map, tile, column, acc, TILE: tl.constexpr, COLUMNS: tl.constexpr
 
 @triton.jit(do_not_specialize=COUNTS)
 def _up_kernel(
-    expert_ptr, num_tiles, num_columns, x_ptr, order_ptr, w13_map, gate_map, up_map, hidden_map, dim, top_k,
-    SWAP: tl.constexpr, SAVE: tl.constexpr, EVEN: tl.constexpr, DEPTH: tl.constexpr,
+    expert_ptr, num_tiles, num_columns, x, order_ptr, w13_map, gate_map, up_map, hidden_map, dim, top_k,
+    GATHERED: tl.constexpr, SWAP: tl.constexpr, SAVE: tl.constexpr, EVEN: tl.constexpr, DEPTH: tl.constexpr,
     TILE: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """A tile of COLUMNS holds COLUMNS / 2 columns of the gate product beside the same of the up product."""
@@ -183,13 +190,17 @@ def _up_kernel(
     for index in tl.range(tl.program_id(0), used * num_columns, tl.num_programs(0), flatten=True):
         tile, column = _tile_at(index, used, num_columns, GROUP)
         expert = tl.load(expert_ptr + tile)
-        x_ptrs, kept = _gathered(x_ptr, order_ptr, tile, dim, top_k, TILE, DEPTH)
+        if GATHERED:
+            x_ptrs, kept = _gathered(x, order_ptr, tile, dim, top_k, TILE, DEPTH)
         acc = tl.zeros((TILE, COLUMNS), dtype=tl.float32)
         for k in range(0, dim, DEPTH):
-            mask = kept if EVEN else kept & (tl.arange(0, DEPTH) < dim - k)[None, :]
-            x = tl.load(x_ptrs + k, mask=mask, other=0.0)
+            if GATHERED:
+                mask = kept if EVEN else kept & (tl.arange(0, DEPTH) < dim - k)[None, :]
+                rows = tl.load(x_ptrs + k, mask=mask, other=0.0)
+            else:
+                rows = x.load([tile * TILE, k])
             w13 = w13_map.load([0, expert, column * HALF, k]).reshape(COLUMNS, DEPTH)
-            acc = tl.dot(x, w13.T, acc, input_precision="ieee")
+            acc = tl.dot(rows, w13.T, acc, input_precision="ieee")
         gate, up = _halves(acc)
         if SWAP:
             gate, up = up, gate
@@ -201,28 +212,20 @@ def _up_kernel(
 
 @triton.jit(do_not_specialize=COUNTS)
 def _rows_kernel(
-    expert_ptr, num_tiles, num_columns, a, order_ptr, weight_map, out_map, inner, top_k,
-    TRANSPOSED: tl.constexpr, GATHERED: tl.constexpr, EVEN: tl.constexpr, DEPTH: tl.constexpr,
-    TILE: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr,
+    expert_ptr, num_tiles, num_columns, a_map, weight_map, out_map, inner,
+    TRANSPOSED: tl.constexpr, DEPTH: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     used = tl.load(expert_ptr + num_tiles)
     for index in tl.range(tl.program_id(0), used * num_columns, tl.num_programs(0), flatten=True):
         tile, column = _tile_at(index, used, num_columns, GROUP)
         expert = tl.load(expert_ptr + tile)
-        if GATHERED:
-            a_ptrs, kept = _gathered(a, order_ptr, tile, inner, top_k, TILE, DEPTH)
         acc = tl.zeros((TILE, COLUMNS), dtype=tl.float32)
         for k in range(0, inner, DEPTH):
-            if GATHERED:
-                mask = kept if EVEN else kept & (tl.arange(0, DEPTH) < inner - k)[None, :]
-                rows = tl.load(a_ptrs + k, mask=mask, other=0.0)
-            else:
-                rows = a.load([tile * TILE, k])
             if TRANSPOSED:
                 weight = weight_map.load([expert, column * COLUMNS, k]).reshape(COLUMNS, DEPTH).T
             else:
                 weight = weight_map.load([expert, k, column * COLUMNS]).reshape(DEPTH, COLUMNS)
-            acc = tl.dot(rows, weight, acc, input_precision="ieee")
+            acc = tl.dot(a_map.load([tile * TILE, k]), weight, acc, input_precision="ieee")
         _store(out_map, tile, column, acc, TILE, COLUMNS)
 
 
@@ -249,19 +252,16 @@ def _input_grad_kernel(
 
 @triton.jit(do_not_specialize=COUNTS)
 def _weight_grad_kernel(
-    a_map, b_map, out_map, starts_ptr, num_m, num_n, num_experts,
+    a_map, b_map, out_map, starts_ptr, num_m, num_n,
     TILE: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    tiles = num_m * num_n
-    for index in tl.range(tl.program_id(0), num_experts * tiles, tl.num_programs(0), flatten=True):
-        expert = index // tiles
-        m, n = _tile_at(index % tiles, num_m, num_n, GROUP)
-        start = tl.load(starts_ptr + expert)
-        end = tl.load(starts_ptr + expert + 1)
-        acc = tl.zeros((TILE, COLUMNS), dtype=tl.float32)
-        for row in range(start, end, DEPTH):
-            acc = tl.dot(a_map.load([row, m * TILE]).T, b_map.load([row, n * COLUMNS]), acc, input_precision="ieee")
-        left, right = _halves(acc)
-        HALF: tl.constexpr = COLUMNS // 2
-        out_map.store([expert, m * TILE, n * COLUMNS], left.to(out_map.dtype).reshape(1, TILE, HALF))
-        out_map.store([expert, m * TILE, n * COLUMNS + HALF], right.to(out_map.dtype).reshape(1, TILE, HALF))
+    """One output tile of one expert: its sum is as long as the expert has rows, so nothing is known ahead."""
+    HALF: tl.constexpr = COLUMNS // 2
+    expert = tl.program_id(0) // (num_m * num_n)
+    m, n = _tile_at(tl.program_id(0) % (num_m * num_n), num_m, num_n, GROUP)
+    acc = tl.zeros((TILE, COLUMNS), dtype=tl.float32)
+    for row in range(tl.load(starts_ptr + expert), tl.load(starts_ptr + expert + 1), DEPTH):
+        acc = tl.dot(a_map.load([row, m * TILE]).T, b_map.load([row, n * COLUMNS]), acc, input_precision="ieee")
+    left, right = _halves(acc)
+    out_map.store([expert, m * TILE, n * COLUMNS], left.to(out_map.dtype).reshape(1, TILE, HALF))
+    out_map.store([expert, m * TILE, n * COLUMNS + HALF], right.to(out_map.dtype).reshape(1, TILE, HALF))

@@ -95,7 +95,7 @@ class GroupedExperts(nn.Module):
 
     def fused(self, x_TD: Float[Tensor, "T D"], routing: Routing) -> Float[Tensor, "T D"]:
         """Dispatch, experts and combine in one: the gather and the gates are inside the products."""
-        rows = tiles.tile_rows(routing.expert_ids_TK, routing.counts_E.numel())
+        rows = tiles.tile_rows(routing.expert_ids_TK, self.w1_EFD.shape[0])
         return fused_experts(x_TD, routing.gates_TK, rows, *self._weights(x_TD))
 
     def _weights(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
