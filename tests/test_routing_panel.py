@@ -19,7 +19,7 @@ from moe_lab.view.loads import ratio
 from moe_lab.view.panels import RoutingPanel
 from moe_lab.view.panels.choosing import group_options, preset_choice
 from moe_lab.view.panels.latency import measure, random_trace, report
-from moe_lab.view.panels.routing import compute
+from moe_lab.view.panels.routing_compute import compute
 from synthetic import synthetic_trace
 
 
@@ -247,6 +247,22 @@ def test_without_logits_only_what_was_recorded_can_be_shown():
     assert panel.preset.options == ("as recorded", "custom")
 
 
+@pytest.mark.parametrize(("tokens", "experts", "top_k"), [(1, 1, 1), (5, 2, 2), (20, 3, 1)])
+def test_the_smallest_traces_can_be_shown(tokens, experts, top_k):
+    panel = RoutingPanel(synthetic_trace(tokens=tokens, experts=experts, top_k=top_k, layers=1))
+    assert panel.error == ""
+    assert f"{tokens} tokens x 1 window" in panel.text()
+    panel.window_slider.value = panel.window_slider.min
+    panel.top_k.value = 1
+    assert panel.error == ""
+
+
+def test_a_trace_without_tokens_is_refused(trace):
+    empty = trace.select(layer=0)._tokens(slice(0, 0))
+    with pytest.raises(ValueError, match="mine holds no tokens"):
+        RoutingPanel("mine", sources={"mine": empty})
+
+
 def test_without_a_text_the_panel_says_so():
     panel = RoutingPanel(synthetic_trace(tokens=400))
     assert "No text to show" in panel.tokens.value
@@ -339,6 +355,7 @@ def test_shipped_sources_are_offered_and_opened_when_chosen(trace, monkeypatch):
         open=lambda name: opened.append(name) or {"balanced": trace, "balanced_pages": pages}[name],
     )
     monkeypatch.setattr("moe_lab.view.panels.routing.data", shelf)
+    monkeypatch.setattr("moe_lab.view.panels.routing_compute.data", shelf)
     panel = RoutingPanel(sources={"mine": synthetic_trace(tokens=300)})
     assert panel.source.options == ("mine", "balanced")
     assert (panel.source.value, opened) == ("balanced", ["balanced", "balanced_pages"])

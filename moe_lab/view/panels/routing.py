@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from html import escape
 from pathlib import Path
-from typing import NamedTuple
 
 import ipywidgets as widgets
 
@@ -17,66 +15,13 @@ from moe_lab.study.load import ALL_DOMAINS, Load
 from moe_lab.study.trace import Document, RoutingTrace
 from moe_lab.view import plots, theme
 from moe_lab.view.choices import Choice, rerouted
-from moe_lab.view.loads import WindowLoads, packed_tokens, window_loads
-from moe_lab.view.pages import Reader, read_document, tint
+from moe_lab.view.pages import read_document
 from moe_lab.view.panels import routing_forms as forms
 from moe_lab.view.panels.base import Panel, control
 from moe_lab.view.panels.choosing import ChoiceControls
+from moe_lab.view.panels.routing_compute import Params, ceiling, compute, shipped_names, with_text
 from moe_lab.view.pictures import HeatPicture, LoadPicture
-from moe_lab.view.tokens import TintedText, byte_pieces
-
-SMALLEST_WINDOW = 16
-PAGES = "pages"  # what names of shipped traces that come with text end in
-
-
-@dataclass(frozen=True, kw_only=True)
-class Params:
-    """Everything the panel shows follows from this.
-
-    `domain` None is all of them; `choice` None is the recorded one. `pages` is a trace whose text can be read,
-    with `read`. Traces are compared by identity.
-    """
-
-    trace: RoutingTrace
-    layer: int
-    domain: str | None
-    window: int
-    choice: Choice | None
-    pages: RoutingTrace | None
-    read: Reader
-
-
-class View(NamedTuple):
-    """Loads of every layer, that of the chosen one, and its text if there is any to show."""
-
-    loads: WindowLoads
-    load: Load
-    tinted: TintedText | None
-
-
-@lru_cache(maxsize=64)
-def compute(params: Params) -> View:
-    """Route, count and measure. Raises `ValueError` for a layer, a choice or a window that cannot be."""
-    trace, layer, domain, pages = params.trace, params.layer, params.domain, params.pages
-    if layer not in trace.info.layers:
-        raise ValueError(f"layer={layer} was not recorded: choose one of {', '.join(map(str, trace.info.layers))}")
-    loads = _loads(trace, params.choice, domain, params.window)
-    readable = pages is not None and (domain is None or domain in pages.domains)
-    tinted = _tint(pages, layer, params.choice, domain, params.read) if pages is not None and readable else None
-    return View(loads, loads.loads[trace.info.layers.index(layer)], tinted)
-
-
-@lru_cache(maxsize=64)
-def _loads(trace: RoutingTrace, choice: Choice | None, domain: str | None, window: int) -> WindowLoads:
-    chosen = trace if choice is None else rerouted(trace, choice)
-    return window_loads(chosen, domain=domain, window=window, tokens_t=packed_tokens(trace, domain))
-
-
-@lru_cache(maxsize=64)
-def _tint(
-    pages: RoutingTrace, layer: int, choice: Choice | None, domain: str | None, read: Reader
-) -> TintedText | None:
-    return tint(pages, layer, choice=choice, domain=domain, read=read)
+from moe_lab.view.tokens import byte_pieces
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,7 +48,7 @@ class RoutingPanel(Panel):
         texts: Mapping[str, bytes | Sequence[bytes]] | None = None,
     ) -> None:
         self._traces: dict[str, RoutingTrace | None] = dict(sources or {})  # None: shipped, opened when chosen
-        self._traces |= {name: None for name in _shipped_names() if name not in self._traces}
+        self._traces |= {name: None for name in shipped_names() if name not in self._traces}
         if isinstance(source, RoutingTrace):
             name = source.info.model or "trace"
             self._traces, source = {name: source, **self._traces}, name
@@ -136,7 +81,7 @@ class RoutingPanel(Panel):
         self.file.placeholder = "path of a .safetensors"
         self.layer = control(widgets.IntSlider, "layer", "180px", min=0, max=1)
         self.domain = control(widgets.Dropdown, "domain", "155px", options=[ALL_DOMAINS])
-        bounds = {"min": SMALLEST_WINDOW, "max": 2**31 - 1}
+        bounds = {"min": 1, "max": 2**31 - 1}
         self.window = control(widgets.BoundedIntText, "tokens per window", "198px", value=4096, **bounds)
         self.window_slider = control(widgets.IntSlider, "", "84px", min=0, max=1, readout=False)
         self.choosing = ChoiceControls()
@@ -155,6 +100,8 @@ class RoutingPanel(Panel):
         name = self.source.value
         trace = self._traces[name] = self._traces[name] or data.open(name)
         layers, tokens = trace.info.layers, trace.num_tokens
+        if not tokens:
+            raise ValueError(f"{name} holds no tokens: there is nothing to show")
         self._sizes = [size for size in (1 << n for n in range(4, 31)) if size < tokens] + [tokens]
         with self.hold():
             _bound(self.layer, min(layers), max(layers))
@@ -165,8 +112,8 @@ class RoutingPanel(Panel):
             self.window.max = tokens
             self.window.value = min(4096, tokens)
             self.choosing.fit(trace)
-        self.trace, self._pages = trace, _with_text(trace)
-        self._load_picture = LoadPicture(trace.num_experts, _ceiling(trace))
+        self.trace, self._pages = trace, with_text(trace)
+        self._load_picture = LoadPicture(trace.num_experts, ceiling(trace))
         self._heat_picture = HeatPicture(layers, trace.num_experts)
         self._drawn: dict[str, object] = {}
         if trace.logits_LTE is not None:  # rank experts now, so that the first move of a slider does not wait
@@ -288,30 +235,6 @@ class RoutingPanel(Panel):
 
 
 NO_TEXT = "No text to show: it is neither in this environment nor among the pages that come with moe_lab."
-
-
-def _shipped_names() -> tuple[str, ...]:
-    try:
-        return tuple(name for name in data.names() if not name.endswith(PAGES))
-    except FileNotFoundError:  # a wheel without data still draws one's own traces
-        return ()
-
-
-def _with_text(trace: RoutingTrace) -> RoutingTrace:
-    """The pages of the same model, if they are shipped; else the trace itself, whose files may be here."""
-    for name in data.names() if _shipped_names() else ():
-        if name.endswith(PAGES):
-            pages = data.open(name)
-            if (pages.info.model, pages.info.layers) == (trace.info.model, trace.info.layers):
-                return pages
-    return trace
-
-
-def _ceiling(trace: RoutingTrace) -> int:
-    """A ceiling over the recorded load / mean of every layer and domain."""
-    counts_LGE = trace.counts_by(trace.domain_T, len(trace.domains)).double()
-    mean_LG1 = counts_LGE.mean(dim=2, keepdim=True).clamp(min=1)
-    return min(plots.ceiling_for(float((counts_LGE / mean_LG1).max())), 8)
 
 
 def _bound(slider: widgets.IntSlider, low: int, high: int) -> None:
