@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from moe_lab.models.lm import MoELM
@@ -37,6 +38,11 @@ def open(name: str) -> RoutingTrace:
     from moe_lab.study.trace import RoutingTrace
 
     return RoutingTrace.load(path(name))
+
+
+def report() -> dict[str, Any]:
+    """What `moe-lab report` measured of the shipped model: bits per byte, gzip's, and domains named by experts."""
+    return json.loads((root() / "lm" / "report.json").read_text())
 
 
 def load_lm() -> MoELM:

@@ -72,3 +72,15 @@ def test_training_saw_the_corpus_that_is_listed():
     assert LM["config"]["model"]["moe"]["load_balance_coeff"] == 1e-3
     steps = [json.loads(line) for line in (data.root() / "lm" / "log.jsonl").read_text().splitlines()]
     assert steps[-1]["step"] == LM["config"]["steps"]
+
+
+def test_the_model_beats_gzip_in_every_domain_and_its_experts_name_the_domain():
+    report = data.report()
+    for domain, bits in report["bits_per_byte"].items():
+        assert bits < report["gzip_bits_per_byte"][domain], domain
+    corpus = json.loads((data.root() / "corpus.json").read_text())
+    for split in ("train", "heldout"):
+        assert report["corpus"][f"{split}_sha256"] == corpus[split]["sha256"]
+    domains = report["domains"]
+    assert domains["by_experts_whitened"]["accuracy"] >= 0.9
+    assert domains["by_experts_whitened"]["accuracy"] > domains["by_bytes_whitened"]["accuracy"]
