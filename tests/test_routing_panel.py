@@ -4,15 +4,16 @@ import base64
 import csv
 import io
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from moe_lab.config import PRESETS, MoEConfig, RouterConfig
 from moe_lab.study.load import imbalance
-from moe_lab.study.trace import RoutingTrace
 from moe_lab.view import theme
 from moe_lab.view.choices import Choice, rerouted
 from moe_lab.view.loads import ratio
@@ -203,8 +204,7 @@ def test_a_choice_that_cannot_be_is_said_inside_and_the_panel_goes_on(panel):
 
 def test_a_layer_between_recorded_ones_is_refused_by_name(trace):
     sparse = synthetic_trace(tokens=200, layers=2)
-    info = sparse.info.__class__(**{**vars(sparse.info), "layers": (3, 7)})
-    panel = RoutingPanel(RoutingTrace(**{**vars(sparse), "info": info}))
+    panel = RoutingPanel(replace(sparse, info=replace(sparse.info, layers=(3, 7))))
     assert (panel.layer.min, panel.layer.max, panel.layer.value) == (3, 7, 3)
     panel.layer.value = 5
     assert panel.error == "layer=5 was not recorded: choose one of 3, 7"
@@ -268,6 +268,12 @@ def test_without_a_text_the_panel_says_so():
     assert "No text to show" in panel.tokens.value
     assert "first experts of the text" not in panel.text()
     assert Image.open(io.BytesIO(panel.png())).width == 2 * theme.SCALE * theme.PICTURE[0]
+
+
+def test_a_bias_of_zeros_is_no_bias(trace):
+    panel = RoutingPanel(replace(trace, expert_bias_LE=torch.zeros_like(trace.expert_bias_LE)))
+    assert panel.bias.disabled
+    assert "K 4, sigmoid, bias off, as recorded" in panel.text()
 
 
 def test_unknown_sources_are_refused_by_name(trace):

@@ -32,7 +32,7 @@ class Choice:
     @classmethod
     def recorded(cls, trace: RoutingTrace) -> Choice:
         """The choice that the recorded model made itself."""
-        return cls(top_k=trace.top_k, router=trace.info.router, use_bias=trace.expert_bias_LE is not None)
+        return cls(top_k=trace.top_k, router=trace.info.router, use_bias=has_bias(trace))
 
     def but(self, **changes: Any) -> Choice:
         """The same choice with some settings changed, by the field names of `Choice` and `RouterConfig`."""
@@ -54,6 +54,11 @@ class Choice:
     def route(self, trace: RoutingTrace, layer: int) -> Routing:
         """`trace.reroute` with these settings."""
         return trace.reroute(layer, self.router, self.top_k, use_bias=self.use_bias, temperature=self.temperature)
+
+
+def has_bias(trace: RoutingTrace) -> bool:
+    """Whether a balancing bias was at work when the trace was recorded."""
+    return trace.expert_bias_LE is not None and bool(trace.expert_bias_LE.any())
 
 
 @lru_cache(maxsize=16)

@@ -8,7 +8,7 @@ import ipywidgets as widgets
 
 from moe_lab.config import PRESETS, RouterConfig
 from moe_lab.study.trace import RoutingTrace
-from moe_lab.view.choices import Choice
+from moe_lab.view.choices import Choice, has_bias
 from moe_lab.view.panels.base import control
 
 RECORDED, CUSTOM = "as recorded", "custom"
@@ -45,7 +45,7 @@ def preset_choice(name: str, trace: RoutingTrace) -> Choice:
         gate_dtype=own.gate_dtype,
         gate_bias=own.gate_bias,
     )
-    biased = layer.load_balance_coeff is not None and trace.expert_bias_LE is not None
+    biased = layer.load_balance_coeff is not None and has_bias(trace)
     return Choice(top_k=min(layer.top_k, experts), router=fitted, use_bias=biased)
 
 
@@ -74,7 +74,7 @@ class ChoiceControls:
         self._known = known if trace.logits_LTE is not None else {RECORDED: recorded}
         for widget in self.widgets:
             widget.disabled = trace.logits_LTE is None
-        self.bias.disabled |= trace.expert_bias_LE is None
+        self.bias.disabled |= not has_bias(trace)
         options = group_options(experts)
         own = (recorded.router.num_expert_groups, recorded.router.num_limited_groups)
         if own[0] and own[1] and own not in options.values():
