@@ -50,7 +50,12 @@ def loop(ids_TK):
 
 @pytest.mark.parametrize(
     "shape",
-    [(9, 2, 4, 72, 40), (3, 1, 2, 136, 264), (0, 1, 3, 64, 64), (3, 5, 6, 16, 24)],
+    [
+        (9, 2, 4, 72, 40),
+        pytest.param((3, 1, 2, 136, 264), marks=pytest.mark.slow),
+        (0, 1, 3, 64, 64),
+        (3, 5, 6, 16, 24),
+    ],
     ids=str,
 )
 def test_forward_and_gradients_are_as_exact_as_the_dtype_allows(shape):
@@ -87,6 +92,9 @@ def test_dropped_assignments_and_unused_experts_get_nothing():
         assert (got[name][0] != 0).any(), name
 
 
+OPCHECKS = ("test_schema", "test_autograd_registration", "test_faketensor")
+
+
 @pytest.mark.parametrize("op", ["fused_up", "fused_down"])
 def test_opcheck(op):
     (x, gates, w1, w2, w3), ids_TK, _ = leaves(2, 1, 2, 8, 8)
@@ -100,16 +108,6 @@ def test_opcheck(op):
         torch.library.opcheck(fused.fused_down, args, test_utils=OPCHECKS)
 
 
-OPCHECKS = ("test_schema", "test_autograd_registration", "test_faketensor")
-
-
-def layer(**changes):
-    config = MoEConfig(dim=16, hidden_dim=24, num_experts=4, top_k=2, **changes)
-    moe = MoE(config)
-    moe.load_state_dict(MoE(config.replace(backend="loop")).state_dict())
-    return moe.to(DEVICE, DTYPE)
-
-
 @pytest.mark.parametrize(
     ("changes", "noted"),
     [
@@ -121,17 +119,18 @@ def layer(**changes):
     ids=str,
 )
 def test_the_layer_takes_the_fused_path_where_it_may(changes, noted):
-    moe = layer(backend="fused", **changes)
-    other = MoE(moe.config.replace(backend="loop")).to(DEVICE, DTYPE)
-    other.load_state_dict(moe.state_dict())
+    config = MoEConfig(dim=16, hidden_dim=24, num_experts=4, top_k=2, backend="fused", **changes)
+    moe = MoE(config).to(DEVICE, DTYPE)
+    low, exact = (MoE(config.replace(backend="loop")).to(DEVICE, dtype) for dtype in (DTYPE, torch.float64))
     x = torch.randn(2, 3, 16, device=DEVICE).to(DTYPE)
+    for other in (low, exact):
+        other.load_state_dict(moe.state_dict())
     with fastpaths.record() as record:
         out = moe(x)
     assert record.count("fused_dispatch_combine") == noted
-    exact = other.double()(x.double()) if not moe.config.num_shared_experts else None
-    expected = other.to(DTYPE)(x)
-    assert relative_error(out, expected) <= 4e-3 if exact is None else relative_error(out, exact) <= 4e-3
-    assert torch.equal(moe.tokens_per_expert_E, other.tokens_per_expert_E // (1 if exact is None else 2))
+    right = exact(x.double())
+    assert relative_error(out, right) <= 2 * relative_error(low(x), right)
+    assert torch.equal(moe.tokens_per_expert_E, low.tokens_per_expert_E)
 
 
 def test_sorted_rows_go_through_the_same_kernels():
@@ -139,7 +138,9 @@ def test_sorted_rows_go_through_the_same_kernels():
     x_RD, ends_E = torch.randn(5, 16, device=DEVICE).to(DTYPE), torch.tensor([2, 2, 5], dtype=torch.int32)
     out_RD = experts(x_RD, ends_E.to(DEVICE))
     experts.backend = "loop"
-    assert relative_error(out_RD, experts.double()(x_RD.double(), ends_E.to(DEVICE))) <= 4e-3
+    low_RD = experts(x_RD, ends_E.to(DEVICE))
+    right_RD = experts.double()(x_RD.double(), ends_E.to(DEVICE))
+    assert relative_error(out_RD, right_RD) <= 2 * relative_error(low_RD, right_RD)
 
 
 def test_what_is_not_legal_says_why(monkeypatch):

@@ -10,7 +10,10 @@ from reference import relative_error
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float16  # the interpreter multiplies no bfloat16
-SHAPES = [(72, 40), (136, 264)]  # D, F: less than a tile, more than one, never a multiple
+SHAPES = [
+    (72, 40),
+    pytest.param((136, 264), marks=pytest.mark.slow),
+]  # D, F: less than a tile, more than one, never a multiple
 
 
 class Case:

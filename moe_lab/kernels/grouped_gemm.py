@@ -22,7 +22,7 @@ from moe_lab.kernels.swiglu import silu
 from moe_lab.kernels.tiles import TILE, TileRows
 
 COLUMNS = 256
-HALF = COLUMNS // 2  # tiles are stored in two halves, to leave shared memory to the operands
+HALF = COLUMNS // 2  # persistent kernels store in two halves, to leave shared memory to the next operands
 GROUP = 8
 GATHER_ONCE = 2048  # hidden width from which gathering before the product is faster (measured on an H200)
 COUNTS = [
@@ -93,7 +93,7 @@ def weight_grad(a_PM: Tensor, b_PN: Tensor, rows: TileRows) -> Tensor:
     depth = _depth(a_PM)
     num_m, num_n = triton.cdiv(a_PM.shape[1], TILE), triton.cdiv(b_PN.shape[1], COLUMNS)
     _weight_grad_kernel[(num_experts * num_m * num_n,)](
-        _map(a_PM, depth, TILE), _map(b_PN, depth, COLUMNS), _map(grad_EMN, 1, TILE, HALF), rows.starts_E1,
+        _map(a_PM, depth, TILE), _map(b_PN, depth, COLUMNS), _map(grad_EMN, 1, TILE, COLUMNS), rows.starts_E1,
         num_m, num_n, TILE, COLUMNS, depth, GROUP, num_warps=8, num_stages=4,
     )  # fmt: skip
     return grad_EMN
@@ -256,12 +256,9 @@ def _weight_grad_kernel(
     TILE: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """One output tile of one expert: its sum is as long as the expert has rows, so nothing is known ahead."""
-    HALF: tl.constexpr = COLUMNS // 2
     expert = tl.program_id(0) // (num_m * num_n)
     m, n = _tile_at(tl.program_id(0) % (num_m * num_n), num_m, num_n, GROUP)
     acc = tl.zeros((TILE, COLUMNS), dtype=tl.float32)
     for row in range(tl.load(starts_ptr + expert), tl.load(starts_ptr + expert + 1), DEPTH):
         acc = tl.dot(a_map.load([row, m * TILE]).T, b_map.load([row, n * COLUMNS]), acc, input_precision="ieee")
-    left, right = _halves(acc)
-    out_map.store([expert, m * TILE, n * COLUMNS], left.to(out_map.dtype).reshape(1, TILE, HALF))
-    out_map.store([expert, m * TILE, n * COLUMNS + HALF], right.to(out_map.dtype).reshape(1, TILE, HALF))
+    out_map.store([expert, m * TILE, n * COLUMNS], acc.to(out_map.dtype).reshape(1, TILE, COLUMNS))
