@@ -32,3 +32,12 @@ def seeds():
     """Tests that draw without a generator of their own still draw the same numbers alone and together."""
     random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def one_thread():
+    """For tiny products: two threads on busy cores spend milliseconds meeting, a thousand times the work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

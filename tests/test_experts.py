@@ -7,6 +7,7 @@ from moe_lab.config import Backend
 from moe_lab.layer.experts import BACKENDS, SharedExperts, swiglu
 from reference import relative_error
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 DIM, HIDDEN = 16, 24
 COUNTS = {
     "uneven": [7, 0, 12, 1],

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from moe_lab import MoE, MoEConfig, RouterConfig, fastpaths
 from reference import assert_float64, assert_within_budget, loop_over_tokens, run
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 D, F, E, K, T = 16, 24, 6, 2, 32
 BASE = MoEConfig(dim=D, hidden_dim=F, num_experts=E, top_k=K, num_shared_experts=1)
 V3 = RouterConfig(score_func="sigmoid", route_norm=True, route_scale=2.5, num_expert_groups=3, num_limited_groups=2)

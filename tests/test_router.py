@@ -9,6 +9,7 @@ from hypothesis.extra import numpy as hnp
 from moe_lab import RouterConfig, TokenChoiceTopKRouter
 from moe_lab.layer.router import count, limit_groups, route, score, stable_topk
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 LN = math.log
 
 

@@ -3,6 +3,7 @@ import torch
 
 from moe_lab.kernels.scatter_add import deterministic_mode, deterministic_scatter_add
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 SHAPES = pytest.mark.parametrize("dims", [1, 2])
 
 
