@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import platform
 import re
+import sys
+import warnings
 from collections.abc import Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -12,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from moe_lab.config import check_int
-from moe_lab.layer.router import Routing, TokenChoiceTopKRouter
+from moe_lab.config import RouterConfig, check_int
+from moe_lab.layer.router import TokenChoiceTopKRouter
+from moe_lab.models import hf
 from moe_lab.study.info import MAX_EXPERTS, Document, TraceInfo
 
 if TYPE_CHECKING:
@@ -36,10 +39,12 @@ def record(
                 model(tokens)
         trace = recorder.trace(model="lm", source="held-out text")
 
-    The routers are the model's `TokenChoiceTopKRouter` modules, each of which must run once a forward, on
-    the same tokens: (T, D), or (B, L, D) as T = B*L tokens row by row. Routing is kept on CPU in compact
-    dtypes, a forward at a time; memory is bounded by `max_tokens`, past which a forward raises `ValueError`.
-    What runs outside a whole forward (activation recomputing, one layer by itself) is not recorded.
+    The routers are the model's `TokenChoiceTopKRouter` modules, or those of a transformers model, found by their
+    structure (see `moe_lab.models.hf`). Each must run once a forward, on the same tokens: (T, D), or (B, L, D)
+    as T = B*L tokens row by row. Routing is kept on CPU in compact dtypes, a forward at a time; memory is bounded
+    by `max_tokens`, past which a forward raises `ValueError`. What runs outside a whole forward (activation
+    recomputing, one layer by itself) is not recorded. Tokens that an `attention_mask` keyword of the model
+    leaves out are recorded as not valid.
 
     `documents` are begun at once (see `Recorder.begin`). Without any, every forward is its own document.
     Raises `ValueError` for a model without such routers, or with routers that differ in num_experts, top_k or
@@ -65,13 +70,18 @@ class Recorder:
         check_int("max_tokens", max_tokens, 1)
         self._model, self._gates, self._logits, self._max_tokens = model, gates, logits, max_tokens
         found = [(name, m) for name, m in model.named_modules() if isinstance(m, TokenChoiceTopKRouter)]
+        found = found or [(name, m) for name, m in model.named_modules() if hf.is_router(m)]
         if not found:
-            raise ValueError(f"{type(model).__name__} holds no TokenChoiceTopKRouter to record")
-        if len({(m.num_experts, m.top_k, m.config) for _, m in found}) > 1:
+            raise ValueError(
+                f"{type(model).__name__} holds nothing to record: neither a TokenChoiceTopKRouter nor a router of "
+                "transformers 5 (a module with top_k and num_experts)"
+            )
+        if len({_kind(m) for _, m in found}) > 1:
             raise ValueError("routers differ in num_experts, top_k or config: record layers that are alike")
-        self._example = found[0][1]
-        check_int("num_experts", self._example.num_experts, 1, MAX_EXPERTS)
+        self._num_experts, self._top_k = _kind(found[0][1])[:2]
+        check_int("num_experts", self._num_experts, 1, MAX_EXPERTS)
         self._routers: dict[nn.Module, str] = {m: name for name, m in found}
+        self._config: RouterConfig | None = None  # of a router of transformers: found from its first decision
         self._handles: list[RemovableHandle] = []
         self._used = False
         self._forward: dict[nn.Module, _Decision] | None = None  # of the forward that is running
@@ -81,6 +91,7 @@ class Recorder:
         self._documents: list[Document] = []
         self._document_chunks: list[Tensor] = []
         self._position_chunks: list[Tensor] = []
+        self._valid_chunks: list[Tensor] = []
         self._num_tokens = 0
         self._queue: list[tuple[int, int]] | None = None  # (document, its next position) still to come
         if documents:
@@ -96,7 +107,7 @@ class Recorder:
         for router in self._routers:
             self._handles.append(router.register_forward_hook(self._on_router, with_kwargs=True))
         self._handles.append(self._model.register_forward_pre_hook(self._on_start))
-        self._handles.append(self._model.register_forward_hook(self._on_end))
+        self._handles.append(self._model.register_forward_hook(self._on_end, with_kwargs=True))
         return self
 
     def __exit__(
@@ -125,17 +136,16 @@ class Recorder:
         """Everything recorded so far. `ValueError` when that is nothing."""
         from moe_lab.study.trace import RoutingTrace  # which offers `record` beside it
 
-        if not self._chunks:
+        if not self._chunks or self._config is None:
             raise ValueError("nothing was recorded: call the model inside `with record(model) as recorder:`")
-        router = self._example
         info = TraceInfo(
             model=model or type(self._model).__name__,
             source=source,
             licence=licence,
-            versions={"python": platform.python_version(), "torch": torch.__version__},
-            router=router.config,
-            num_experts=router.num_experts,
-            top_k=router.top_k,
+            versions=_versions(self._order[0]),
+            router=self._config,
+            num_experts=self._num_experts,
+            top_k=self._top_k,
             layers=_layer_numbers([self._routers[r] for r in self._order]),
             documents=tuple(self._documents),
         )
@@ -150,7 +160,7 @@ class Recorder:
             expert_bias_LE=self._stacked_bias(),
             document_T=torch.cat(self._document_chunks),
             position_T=torch.cat(self._position_chunks),
-            valid_T=torch.ones(self._num_tokens, dtype=torch.bool),
+            valid_T=torch.cat(self._valid_chunks),
         )
 
     # hooks
@@ -158,10 +168,15 @@ class Recorder:
     def _on_start(self, model: nn.Module, args: Any) -> None:
         self._forward = {}
 
-    def _on_router(self, router: TokenChoiceTopKRouter, args: Any, kwargs: Any, routing: Routing) -> None:
+    def _on_router(self, router: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if self._forward is None:
             return
         name = self._routers[router]
+        if isinstance(router, TokenChoiceTopKRouter):
+            routing = hf.Decision(output.expert_ids_TK, output.gates_TK, output.logits_TE)
+            bias_E = args[1] if len(args) > 1 else kwargs.get("expert_bias_E")
+        else:
+            routing, bias_E = hf.decision(router, output), hf.balancing_bias(router)
         if router in self._forward:
             raise ValueError(f"router {name!r} ran twice in one forward: a trace holds one decision a token")
         num_tokens = len(routing.expert_ids_TK)
@@ -170,13 +185,14 @@ class Recorder:
                 f"max_tokens={self._max_tokens:,} is too few: {self._num_tokens:,} are recorded and "
                 f"{num_tokens:,} more came"
             )
-        bias_E = args[1] if len(args) > 1 else kwargs.get("expert_bias_E")
         bias_E = None if bias_E is None else bias_E.detach().to("cpu", torch.float32, copy=True)
         if router in self._bias and not _same(self._bias[router], bias_E):
             raise ValueError(f"expert_bias_E of router {name!r} changed between forwards: record one state")
         self._bias[router] = bias_E
+        if self._config is None and num_tokens:
+            self._config = _config(router, routing, bias_E)
         ids_TK = routing.expert_ids_TK.detach().cpu()
-        small = torch.uint8 if router.num_experts <= 256 and not (ids_TK < 0).any() else torch.int16
+        small = torch.uint8 if self._num_experts <= 256 and not (ids_TK < 0).any() else torch.int16
         nothing = torch.empty(0)
         self._forward[router] = _Decision(
             ids_TK.to(small),
@@ -184,7 +200,7 @@ class Recorder:
             _half(f"logits of router {name!r}", routing.logits_TE) if self._logits else nothing,
         )
 
-    def _on_end(self, model: nn.Module, args: Any, output: Any) -> None:
+    def _on_end(self, model: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         forward, self._forward = self._forward, None
         if forward is None:
             raise ValueError("the recorded model was called inside its own forward")
@@ -200,6 +216,7 @@ class Recorder:
         self._order = order
         if num_tokens := lengths[self._routers[order[0]]]:
             self._take_tokens(num_tokens)
+            self._valid_chunks.append(_valid(kwargs.get("attention_mask"), num_tokens))
             self._chunks.append(list(forward.values()))
 
     def _take_tokens(self, num_tokens: int) -> None:
@@ -229,8 +246,45 @@ class Recorder:
         biases = [self._bias[router] for router in self._order]
         if all(bias is None for bias in biases):
             return None
-        zero_E = torch.zeros(self._example.num_experts)
+        zero_E = torch.zeros(self._num_experts)
         return torch.stack([zero_E if bias is None else bias for bias in biases])
+
+
+def _kind(router: nn.Module) -> tuple[int, int, object]:
+    """What must be the same of all routers of a trace."""
+    own = isinstance(router, TokenChoiceTopKRouter)
+    return int(router.num_experts), int(router.top_k), router.config if own else type(router)  # type: ignore[arg-type]
+
+
+def _config(router: nn.Module, seen: hf.Decision, bias_E: Tensor | None) -> RouterConfig:
+    """How a router chooses. Warns when no configuration explains what a router of transformers chose."""
+    if isinstance(router, TokenChoiceTopKRouter):
+        return router.config
+    config, ids_share, gate_error = hf.fit_router(
+        router, hf.Decision(*(part.detach().cpu()[:1024] for part in seen)), bias_E
+    )
+    if ids_share < 0.99 or gate_error > 0.02:
+        warnings.warn(
+            f"{type(router).__name__} routes like no RouterConfig: the nearest has the experts of {ids_share:.1%} of "
+            f"tokens and gates within {gate_error:.1%}. What is recorded is what ran; rerouting starts elsewhere",
+            stacklevel=2,
+        )
+    return config
+
+
+def _versions(router: nn.Module) -> dict[str, str]:
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    package = type(router).__module__.partition(".")[0]
+    if package not in ("moe_lab", "__main__") and (version := getattr(sys.modules.get(package), "__version__", None)):
+        versions[package] = str(version)
+    return versions
+
+
+def _valid(mask: object, num_tokens: int) -> Tensor:
+    """Which tokens of a forward are no padding, by its attention mask: (B, L), past tokens first."""
+    if not isinstance(mask, Tensor) or mask.dim() != 2 or not mask.numel() or num_tokens % len(mask):
+        return torch.ones(num_tokens, dtype=torch.bool)
+    return mask[:, -(num_tokens // len(mask)) :].bool().cpu().reshape(-1)
 
 
 def _stack(layers: list[list[Tensor]]) -> Tensor:
