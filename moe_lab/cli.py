@@ -1,4 +1,4 @@
-"""The command line: `moe-lab lab | corpus | train | record | report | bench`.
+"""The command line: `moe-lab lab | corpus | train | record | report | bench | import`.
 
 `lab` lives here; every other command is a module of `moe_lab.jobs`, imported only when it is chosen, that
 offers `add_arguments(parser)` and `main(args)`. Bad input is a `ValueError`, shown as a usage error.
@@ -23,7 +23,9 @@ JOBS = {
     "record": "record routing traces of a trained model over held-out text",
     "report": "measure a trained model: bits per byte beside gzip, what its experts know of the text",
     "bench": "measure a layer against its dense bound and other libraries",
+    "import": "turn what a run dumped into a trace",
 }
+MODULES = {"import": "importing"}  # where a command cannot be its module's name
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -50,7 +52,7 @@ def build_parser(chosen: str | None) -> argparse.ArgumentParser:
     for name, summary in JOBS.items():
         command = commands.add_parser(name, help=summary, description=summary)
         if name == chosen:
-            job = importlib.import_module(f"moe_lab.jobs.{name}")
+            job = importlib.import_module(f"moe_lab.jobs.{MODULES.get(name, name)}")
             job.add_arguments(command)
             command.set_defaults(main=job.main)
     return parser

@@ -106,11 +106,18 @@ def route(
         expert_ids_TK = stable_topk(limit_groups(choice_TE, config, top_k), top_k)
     else:
         expert_ids_TK = _forced_ids(scores_TE, config.force_load_balance, top_k, generator)
+    gates_TK = gates_of(scores_TE, expert_ids_TK, config)
+    return Routing(gates_TK, expert_ids_TK, scores_TE, logits_TE, count(expert_ids_TK, num_experts))
+
+
+def gates_of(
+    scores_TE: Float[Tensor, "T E"], expert_ids_TK: Int[Tensor, "T K"], config: RouterConfig
+) -> Float[Tensor, "T K"]:
+    """Weights of experts that were chosen, however they were: their scores, normalised and scaled as configured."""
     gates_TK = scores_TE.gather(1, expert_ids_TK)
     if config.route_norm:
         gates_TK = gates_TK / (gates_TK.sum(dim=-1, keepdim=True) + 1e-20)
-    gates_TK = gates_TK * config.route_scale
-    return Routing(gates_TK, expert_ids_TK, scores_TE, logits_TE, count(expert_ids_TK, num_experts))
+    return gates_TK * config.route_scale
 
 
 def _forced_ids(scores_TE: Tensor, balance: str, top_k: int, generator: torch.Generator | None) -> Int[Tensor, "T K"]:

@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from moe_lab.config import GateDtype, RouterConfig, ScoreFunc
-from moe_lab.layer.router import TokenChoiceTopKRouter, route, score
+from moe_lab.layer.router import TokenChoiceTopKRouter, gates_of, route, score
 
 
 class Decision(NamedTuple):
@@ -118,7 +118,6 @@ def _fit(config: RouterConfig, seen: Decision, bias_E: Tensor | None) -> RouterF
     choice_TE = score(logits_TE, config.score_func) + (0 if bias_E is None else bias_E)
     chosen_TK, wanted_TK = (choice_TE.gather(1, ids).sort().values for ids in (ours.expert_ids_TK, seen.expert_ids_TK))
     ids_share = float((chosen_TK == wanted_TK).all(dim=1).double().mean())
-    own_TK = ours.scores_TE.gather(1, seen.expert_ids_TK)  # gates of their experts by our rule
-    own_TK = own_TK / (own_TK.sum(dim=-1, keepdim=True) + 1e-20) if config.route_norm else own_TK
-    error = (own_TK * config.route_scale - gates_TK).abs().max() / gates_TK.abs().max().clamp(min=1e-20)
+    own_TK = gates_of(ours.scores_TE, seen.expert_ids_TK, config)
+    error = (own_TK - gates_TK).abs().max() / gates_TK.abs().max().clamp(min=1e-20)
     return RouterFit(config, ids_share, float(error))

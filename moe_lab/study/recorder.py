@@ -192,12 +192,12 @@ class Recorder:
         if self._config is None and num_tokens:
             self._config = _config(router, routing, bias_E)
         ids_TK = routing.expert_ids_TK.detach().cpu()
-        small = torch.uint8 if self._num_experts <= 256 and not (ids_TK < 0).any() else torch.int16
+        small = small_dtype(self._num_experts, dropped=bool((ids_TK < 0).any()))
         nothing = torch.empty(0)
         self._forward[router] = _Decision(
             ids_TK.to(small),
-            _half(f"gates of router {name!r}", routing.gates_TK) if self._gates else nothing,
-            _half(f"logits of router {name!r}", routing.logits_TE) if self._logits else nothing,
+            half(f"gates of router {name!r}", routing.gates_TK) if self._gates else nothing,
+            half(f"logits of router {name!r}", routing.logits_TE) if self._logits else nothing,
         )
 
     def _on_end(self, model: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -291,11 +291,17 @@ def _stack(layers: list[list[Tensor]]) -> Tensor:
     return torch.stack([torch.cat(chunks) for chunks in layers])
 
 
-def _half(name: str, values: Tensor) -> Tensor:
-    half = values.detach().to("cpu", torch.float16)
-    if not half.isfinite().all():
+def small_dtype(num_experts: int, *, dropped: bool = False) -> torch.dtype:
+    """The smallest dtype of expert ids: uint8, or int16 for more than 256 experts or to hold -1."""
+    return torch.uint8 if num_experts <= 256 and not dropped else torch.int16
+
+
+def half(name: str, values: Tensor) -> Tensor:
+    """Values as float16 on CPU. `ValueError` for values it cannot hold."""
+    small = values.detach().to("cpu", torch.float16)
+    if not small.isfinite().all():
         raise ValueError(f"{name} are not finite in float16 (at most 65504): a trace cannot hold them")
-    return half
+    return small
 
 
 def _same(a: Tensor | None, b: Tensor | None) -> bool:

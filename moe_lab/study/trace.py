@@ -25,7 +25,7 @@ from torch import Tensor
 from moe_lab.config import RouterConfig, check_int
 from moe_lab.layer.router import Routing, count, route, score
 from moe_lab.study.info import Document, TraceInfo
-from moe_lab.study.recorder import Recorder, record
+from moe_lab.study.recorder import Recorder, half, record, small_dtype
 from moe_lab.study.validate import OPTIONAL_FIELDS, check_alike, check_layout, check_values
 
 __all__ = ["Document", "Recorder", "RoutingTrace", "TraceInfo", "record"]
@@ -113,12 +113,14 @@ class RoutingTrace:
         # numpy, because threads that wait for each other make this 50 times slower on a busy machine
         group_T = torch.where(self.valid_T, group_T.long(), -1)
         first_T = torch.where(group_T < 0, -1, group_T * self.num_experts).numpy()
-        counts = []
-        for ids_TK in self.expert_ids_LTK.numpy():
-            kept_TK = (first_T[:, None] >= 0) & (ids_TK >= 0)
-            cell_N = (first_T[:, None] + ids_TK)[kept_TK]
-            counts.append(np.bincount(cell_N, minlength=num_groups * self.num_experts))
-        return torch.from_numpy(np.stack(counts)).view(self.num_layers, num_groups, self.num_experts)
+        counts = np.zeros((self.num_layers, num_groups * self.num_experts), dtype=np.int64)
+        for part in slices(self.num_tokens):
+            first_t1 = first_T[part, None]
+            for counts_N, ids_TK in zip(counts, self.expert_ids_LTK.numpy(), strict=True):
+                kept_tK = (first_t1 >= 0) & (ids_TK[part] >= 0)
+                cell_N = (first_t1 + ids_TK[part])[kept_tK]
+                counts_N += np.bincount(cell_N, minlength=len(counts_N))
+        return torch.from_numpy(counts).view(self.num_layers, num_groups, self.num_experts)
 
     def __repr__(self) -> str:
         parts = [name.split("_L")[0] for name in LAYER_FIELDS if getattr(self, name) is not None]
@@ -257,7 +259,64 @@ class RoutingTrace:
         counts_E = count(ids_TK, self.num_experts)
         return routing._replace(gates_TK=gates_TK, expert_ids_TK=ids_TK, counts_E=counts_E)
 
-    # keeping
+    # making and keeping
+
+    @classmethod
+    def from_router_logits(
+        cls,
+        logits: Sequence[Tensor],
+        router: RouterConfig,
+        top_k: int,
+        *,
+        valid: Tensor | None = None,
+        expert_bias_LE: Tensor | None = None,
+        layers: Sequence[int] | None = None,
+        model: str = "",
+        source: str = "",
+        licence: str = "",
+    ) -> RoutingTrace:
+        """What a router chooses from logits that somebody kept: one tensor a layer, (T, E) or (B, L, E).
+
+        Made for `output_router_logits` of transformers, whose tensors are (B*L, E). `valid` is the attention mask:
+        (B, L), each row a document of its own, or (T,). `expert_bias_LE` is the balancing bias, if there was one.
+        Ids and gates are computed here: as exact as the logits, whose near ties may have gone the other way.
+
+        Raises `ValueError` for logits that differ in shape, are not finite, or cannot be routed so.
+        """
+        if not logits or not all(isinstance(x, Tensor) and x.dim() in (2, 3) for x in logits):
+            raise ValueError("logits must be a non-empty sequence of tensors (T, E) or (B, L, E), one a layer")
+        if len({x.shape for x in logits}) > 1:
+            raise ValueError(f"logits of layers differ in shape: {[tuple(x.shape) for x in logits]!r:.200}")
+        shape = logits[0].shape[:-1] if valid is None or logits[0].dim() == 3 else valid.shape
+        if math.prod(shape) != logits[0].shape[:-1].numel() or (valid is not None and valid.shape != shape):
+            raise ValueError(f"valid {tuple(shape)} does not fit logits {tuple(logits[0].shape)}")
+        biases = [None] * len(logits) if expert_bias_LE is None else expert_bias_LE.detach().float().cpu().unbind()
+        if len(biases) != len(logits):
+            raise ValueError(f"expert_bias_LE has {len(biases)} layers where logits has {len(logits)}")
+        flat = [x.detach().flatten(0, -2).float().cpu() for x in logits]
+        routings = [route(x, router, top_k, expert_bias_E=b) for x, b in zip(flat, biases, strict=True)]
+        rows, length = (1, shape[0]) if len(shape) == 1 else shape
+        token_T = torch.arange(rows * length, dtype=torch.int32)
+        return cls(
+            info=TraceInfo(
+                model=model,
+                source=source,
+                licence=licence,
+                versions={"torch": torch.__version__},
+                router=router,
+                num_experts=flat[0].shape[1],
+                top_k=top_k,
+                layers=tuple(range(len(flat)) if layers is None else layers),
+                documents=tuple(Document(f"sequence {b}", "unlabelled", "", 0, max(length, 1)) for b in range(rows)),
+            ),
+            expert_ids_LTK=torch.stack([r.expert_ids_TK for r in routings]).to(small_dtype(flat[0].shape[1])),
+            gates_LTK=torch.stack([half("gates", r.gates_TK) for r in routings]),
+            logits_LTE=torch.stack([half(f"logits of layer {i}", x) for i, x in enumerate(flat)]),
+            expert_bias_LE=None if expert_bias_LE is None else expert_bias_LE.detach().float().cpu(),
+            document_T=token_T // max(length, 1),
+            position_T=token_T % max(length, 1),
+            valid_T=torch.ones(len(token_T), dtype=torch.bool) if valid is None else valid.bool().cpu().reshape(-1),
+        )
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one safetensors file, provenance as JSON in its header; an older file is replaced whole."""
@@ -316,6 +375,11 @@ class RoutingTrace:
                     column.append(new_G[value.long()].int() if name == "document_T" else value)
         parts = {n: torch.cat(c, dim=int(n in LAYER_FIELDS)) if c else None for n, c in columns.items()}
         return first._with(info=dataclasses.replace(first.info, documents=tuple(documents)), **parts)
+
+
+def slices(num_tokens: int, size: int = 2**17) -> Iterator[slice]:
+    """All tokens in pieces, so that what is computed of a long trace fits in memory."""
+    return (slice(start, start + size) for start in range(0, num_tokens, size))
 
 
 def _positions(keep_T: Tensor) -> slice | Tensor:

@@ -54,8 +54,10 @@ def check_values(trace: RoutingTrace) -> None:
         value = getattr(trace, name)
         if value is not None and not all(layer.isfinite().all() for layer in value):
             raise ValueError(f"{name} holds NaN or infinity")
-    if trace.gates_LTK is not None and trace.gates_LTK[trace.expert_ids_LTK < 0].any():
-        raise ValueError("gates_LTK must be 0 where expert_ids_LTK is -1 (dropped)")
+    if trace.gates_LTK is not None and trace.expert_ids_LTK.dtype != torch.uint8:
+        for ids_TK, gates_TK in zip(trace.expert_ids_LTK, trace.gates_LTK, strict=True):
+            if gates_TK[ids_TK < 0].any():
+                raise ValueError("gates_LTK must be 0 where expert_ids_LTK is -1 (dropped)")
     if not trace.num_tokens:
         return
     if trace.valid_T.contiguous().view(torch.uint8).max() > 1:  # a file can hold a bool of 2

@@ -1,0 +1,93 @@
+"""Turn what a run dumped into a trace that every panel opens.
+
+moe-lab import logits router_logits.pt --top-k 8 --preset olmoe_1b_7b --out mine.safetensors
+moe-lab import megatron traces/ --top-k 8 --out mine.safetensors
+moe-lab import ids responses.jsonl --num-experts 128 --out mine.safetensors
+moe-lab import counts tokens_per_expert.csv --out mine.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from moe_lab.config import PRESETS, RouterConfig, check_choice
+from moe_lab.study.compare import reproduced
+from moe_lab.study.counts import DIMS, CountsTrace
+from moe_lab.study.files import read_logits, read_routed_experts
+from moe_lab.study.importers import from_routed_experts, megatron_parts
+from moe_lab.study.trace import RoutingTrace
+from moe_lab.study.writer import write_trace
+
+KINDS = {
+    "logits": "router logits by layer (torch.save or safetensors)",
+    "megatron": "folder of Megatron-Core's --moe-routing-trace-path",
+    "ids": "routed expert ids of vLLM or SGLang (npy, npz, safetensors, pt, json, jsonl)",
+    "counts": "counts by step, layer, rank, expert (json, csv)",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `moe-lab import`."""
+    parser.add_argument("kind", choices=KINDS, help="; ".join(f"{name}: {text}" for name, text in KINDS.items()))
+    parser.add_argument("path", type=Path, help="file or folder to read")
+    parser.add_argument("--out", type=Path, required=True, help="file to write (safetensors; json for counts)")
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--preset", choices=sorted(PRESETS), help="route as this model does")
+    how.add_argument("--router", help="""RouterConfig as JSON, such as '{"score_func": "sigmoid"}'""")
+    parser.add_argument("--top-k", type=int, help="experts a token (logits; ids without a shape)")
+    parser.add_argument("--num-experts", type=int, help="how many experts there are (ids; counts; megatron)")
+    parser.add_argument("--num-layers", type=int, help="layers of ids without a shape")
+    parser.add_argument("--layers", type=int, nargs="+", help="layers to keep (ids)")
+    parser.add_argument("--ranks", type=int, nargs="+", help="ranks to read (megatron)")
+    parser.add_argument("--model", default="", help="name of the model")
+    parser.add_argument("--licence", default="", help="licence of the trace")
+
+
+def main(args: argparse.Namespace) -> None:
+    """Write the trace and say what it holds."""
+    if args.kind == "counts":
+        counts = CountsTrace.load(args.path, num_experts=args.num_experts)
+        args.out.write_text(json.dumps({"dims": DIMS, "counts": counts.counts_SLRE.tolist()}), encoding="utf-8")
+        print(counts)
+        return
+    names = {"model": args.model, "licence": args.licence, "source": args.path.name}
+    router = _router(args)
+    if args.kind == "megatron":
+        parts = megatron_parts(args.path, router=router, num_experts=args.num_experts, ranks=args.ranks, **names)
+        write_trace(args.out, parts)
+    elif args.kind == "ids":
+        if args.num_experts is None:
+            raise ValueError("--num-experts is needed: experts that nobody chose leave no sign in ids")
+        sequences = read_routed_experts(args.path, num_layers=args.num_layers, top_k=args.top_k)
+        from_routed_experts(sequences, args.num_experts, router=router, layers=args.layers, **names).save(args.out)
+    else:
+        logits, mask = read_logits(args.path)
+        top_k = args.top_k or (PRESETS[args.preset].top_k if args.preset else None)
+        if top_k is None:
+            raise ValueError("--top-k is needed: logits do not say how many experts were chosen")
+        config = router or RouterConfig()
+        RoutingTrace.from_router_logits(logits, config, top_k, valid=mask, **names).save(args.out)
+    trace = RoutingTrace.load(args.out)
+    print(trace)
+    if args.kind == "megatron" and trace.logits_LTE is not None:
+        shares = reproduced(trace)
+        print(f"ids are as recorded; the recorded logits lead to {100 * float(shares.mean()):.2f} % of them again,")
+        print(f"to {100 * float(shares.min()):.2f} % in layer {trace.info.layers[int(shares.argmin())]}, the worst")
+
+
+def _router(args: argparse.Namespace) -> RouterConfig | None:
+    if args.preset:
+        return PRESETS[args.preset].router
+    if not args.router:
+        return None
+    try:
+        fields = json.loads(args.router)
+    except ValueError as error:
+        raise ValueError(f"--router is not JSON: {error}") from None
+    if not isinstance(fields, dict):
+        raise ValueError("--router must be a JSON object of RouterConfig's fields")
+    for name in fields:
+        check_choice("--router field", name, RouterConfig.__dataclass_fields__)
+    return RouterConfig(**fields)
