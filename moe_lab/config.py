@@ -12,7 +12,8 @@ ScoreFunc = Literal["softmax", "sigmoid", "sqrt_softplus"]
 GroupScore = Literal["top2", "max", "topk_share"]
 GateDtype = Literal["float32", "input"]
 ForcedBalance = Literal["round_robin", "random"]
-Backend = Literal["loop", "grouped", "fused"]
+Backend = Literal["loop", "padded", "grouped", "fused"]
+Activation = Literal["swiglu", "clamped_swiglu"]
 CombineArm = Literal["gather", "scatter_add"]
 
 
@@ -126,6 +127,8 @@ class MoEConfig:
     experts of which each token uses `top_k` K; `num_shared_experts` n experts that every token uses, held as
     one SwiGLU of width n*F.
     `score_before_experts`: multiply rows by their gate before the experts instead of at the combine.
+    `activation` of the routed experts: silu(gate) * up, or gpt-oss's clamped form; `mlp_bias` gives them biases.
+    `shared_expert_gate`: multiply the shared experts' output by sigmoid(x w) (Qwen2-MoE, Qwen3-Next).
     `backend`: how expert products are computed; `combine`: how expert outputs return to their tokens.
     `load_balance_coeff`: step of the auxiliary-loss-free balancing bias; None leaves the bias at zero.
     """
@@ -137,6 +140,9 @@ class MoEConfig:
     num_shared_experts: int = 0
     router: RouterConfig = field(default_factory=RouterConfig)
     score_before_experts: bool = False
+    activation: Activation = "swiglu"
+    mlp_bias: bool = False
+    shared_expert_gate: bool = False
     backend: Backend = "loop"
     combine: CombineArm = "gather"
     load_balance_coeff: float | None = None
@@ -147,7 +153,16 @@ class MoEConfig:
         check_int("num_shared_experts", self.num_shared_experts, 0)
         check_choice("backend", self.backend, get_args(Backend))
         check_choice("combine", self.combine, get_args(CombineArm))
-        check_bool("score_before_experts", self.score_before_experts)
+        check_choice("activation", self.activation, get_args(Activation))
+        for name in ("score_before_experts", "mlp_bias", "shared_expert_gate"):
+            check_bool(name, getattr(self, name))
+        if self.shared_expert_gate and not self.num_shared_experts:
+            raise ValueError("shared_expert_gate=True gates nothing: num_shared_experts=0 must be at least 1")
+        if self.backend == "fused" and (self.mlp_bias or self.activation != "swiglu"):
+            raise ValueError(
+                f"backend='fused' computes plain SwiGLU only, not activation={self.activation!r}, "
+                f"mlp_bias={self.mlp_bias}: choose backend='grouped', 'padded' or 'loop'"
+            )
         if not isinstance(self.router, RouterConfig):
             raise ValueError(f"router={self.router!r} must be a RouterConfig")
         self.router.check(self.num_experts, self.top_k)
@@ -167,14 +182,15 @@ class MoEConfig:
 
 
 def _preset(dim: int, hidden_dim: int, num_experts: int, top_k: int, shared: int = 0, **kwargs: Any) -> MoEConfig:
-    layer = {key: kwargs.pop(key) for key in ("score_before_experts", "load_balance_coeff") if key in kwargs}
+    router = {key: value for key, value in kwargs.items() if key in RouterConfig.__dataclass_fields__}
+    layer = {key: value for key, value in kwargs.items() if key not in router}
     return MoEConfig(
         dim=dim,
         hidden_dim=hidden_dim,
         num_experts=num_experts,
         top_k=top_k,
         num_shared_experts=shared,
-        router=RouterConfig(**kwargs),
+        router=RouterConfig(**router),
         **layer,
     )
 
@@ -197,6 +213,20 @@ PRESETS: dict[str, MoEConfig] = {
         num_expert_groups=8,
         num_limited_groups=4,
         load_balance_coeff=1e-3,
+    ),
+    "gpt_oss_20b": _preset(
+        2880,
+        2880,
+        32,
+        4,
+        route_norm=True,
+        gate_bias=True,
+        gate_dtype="input",
+        activation="clamped_swiglu",
+        mlp_bias=True,
+    ),
+    "qwen3_next_80b_a3b": _preset(
+        2048, 512, 512, 10, shared=1, route_norm=True, gate_dtype="input", shared_expert_gate=True
     ),
     "llama4_scout": _preset(
         5120, 8192, 16, 1, shared=1, score_func="sigmoid", gate_dtype="input", score_before_experts=True

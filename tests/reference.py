@@ -61,6 +61,17 @@ def loop_over_tokens(moe: MoE, x: Tensor, ids_TK: Tensor, probe: Tensor, dtype: 
     def swiglu(x_D: Tensor, w1: Tensor, w2: Tensor, w3: Tensor) -> Tensor:
         return w2 @ (F.silu(w1 @ x_D) * (w3 @ x_D))
 
+    def expert(x_D: Tensor, e: int) -> Tensor:
+        w1, w2, w3 = (weight(f"experts.{name}")[e] for name in ("w1_EFD", "w2_EDF", "w3_EFD"))
+        if config.activation == "swiglu" and not config.mlp_bias:
+            return swiglu(x_D, w1, w2, w3)
+        gate_F, up_F = w1 @ x_D, w3 @ x_D
+        if config.mlp_bias:
+            gate_F, up_F = gate_F + weight("experts.b1_EF")[e], up_F + weight("experts.b3_EF")[e]
+        gate_F, up_F = gate_F.clamp(max=7), up_F.clamp(min=-7, max=7)
+        out_D = w2 @ ((up_F + 1) * (gate_F * (1.702 * gate_F).sigmoid()))
+        return out_D + weight("experts.b2_ED")[e] if config.mlp_bias else out_D
+
     outs = [x_wide.reshape(-1, config.dim)[:0].to(dtype)]
     for x_D, ids_K in zip(x_wide.reshape(-1, config.dim).to(dtype), ids_TK.tolist()):
         gate_dtype = wide if router.gate_dtype == "float32" else dtype
@@ -72,11 +83,13 @@ def loop_over_tokens(moe: MoE, x: Tensor, ids_TK: Tensor, probe: Tensor, dtype: 
         sum_D = torch.zeros(config.dim, dtype=wide)
         for gate, e in zip(gates_K, ids_K):
             before, after = (gate, 1) if config.score_before_experts else (1, gate)
-            w1, w2, w3 = (weight(f"experts.{name}")[e] for name in ("w1_EFD", "w2_EDF", "w3_EFD"))
-            sum_D = sum_D + after * swiglu((before * x_D.to(wide)).to(dtype), w1, w2, w3).to(wide)
+            sum_D = sum_D + after * expert((before * x_D.to(wide)).to(dtype), e).to(wide)
         out_D = sum_D.to(dtype)
         if config.num_shared_experts:
-            out_D = out_D + swiglu(x_D, *(weight(f"shared_experts.w{i}.weight") for i in (1, 2, 3)))
+            shared_D = swiglu(x_D, *(weight(f"shared_experts.w{i}.weight") for i in (1, 2, 3)))
+            if config.shared_expert_gate:
+                shared_D = (weight("shared_experts.gate.weight") @ x_D).sigmoid() * shared_D
+            out_D = out_D + shared_D
         outs.append(out_D[None])
     out = torch.cat(outs).view(x.shape)
     grads = torch.autograd.grad((out * probe.to(dtype)).sum(), (x_wide, *leaves.values()), materialize_grads=True)

@@ -68,9 +68,12 @@ def test_a_router_names_what_is_wrong(fields, message):
         ({"top_k": 13}, "top_k=13 must be an integer from 1 to 12"),
         ({"top_k": True}, "top_k=True must be an integer from 1 to 12"),
         ({"num_shared_experts": -1}, "num_shared_experts=-1 must be an integer >= 0"),
-        ({"backend": "magic"}, "backend='magic' is not known: choose one of 'loop', 'grouped'"),
+        ({"backend": "magic"}, "backend='magic' is not known: choose one of 'loop', 'padded', 'grouped'"),
         ({"combine": "sum"}, "combine='sum' is not known: choose one of 'gather', 'scatter_add'"),
         ({"score_before_experts": "no"}, "score_before_experts='no' must be True or False"),
+        ({"mlp_bias": 1}, "mlp_bias=1 must be True or False"),
+        ({"activation": "gelu"}, "activation='gelu' is not known: choose one of 'swiglu', 'clamped_swiglu'"),
+        ({"shared_expert_gate": True}, "shared_expert_gate=True gates nothing: num_shared_experts=0"),
         ({"router": "softmax"}, "router='softmax' must be a RouterConfig"),
         ({"load_balance_coeff": 0}, "load_balance_coeff=0 must be a positive number, or None"),
         ({"load_balance_coeff": -0.1}, "load_balance_coeff=-0.1 must be a positive number"),
@@ -140,6 +143,8 @@ def test_replace_leaves_the_original_alone():
         ("qwen3_30b_a3b", (128, 8, 0), "softmax", True, 1.0),
         ("deepseek_v3", (256, 8, 1), "sigmoid", True, 2.5),
         ("llama4_scout", (16, 1, 1), "sigmoid", False, 1.0),
+        ("gpt_oss_20b", (32, 4, 0), "softmax", True, 1.0),
+        ("qwen3_next_80b_a3b", (512, 10, 1), "softmax", True, 1.0),
     ],
 )
 def test_presets(name, sizes, score_func, route_norm, route_scale):
@@ -154,8 +159,12 @@ def test_presets(name, sizes, score_func, route_norm, route_scale):
 
 def test_details_of_presets():
     assert set(PRESETS) == {
-        "10B_2B", "mixtral_8x7b", "olmoe_1b_7b", "qwen3_30b_a3b", "deepseek_v3", "llama4_scout"
+        "10B_2B", "mixtral_8x7b", "olmoe_1b_7b", "qwen3_30b_a3b", "deepseek_v3", "llama4_scout", "gpt_oss_20b",
+        "qwen3_next_80b_a3b",
     }  # fmt: skip
+    oss = MoEConfig.preset("gpt_oss_20b")
+    assert (oss.activation, oss.mlp_bias, oss.router.gate_bias) == ("clamped_swiglu", True, True)
+    assert {n for n, p in PRESETS.items() if p.shared_expert_gate} == {"qwen3_next_80b_a3b"}
     base = MoEConfig.preset("10B_2B")
     assert (base.dim, base.hidden_dim, base.score_before_experts) == (2048, 1408, False)
     v3 = MoEConfig.preset("deepseek_v3").router

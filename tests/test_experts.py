@@ -1,10 +1,12 @@
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from moe_lab import GroupedExperts
+from moe_lab import GroupedExperts, MoEConfig
 from moe_lab.config import Backend
-from moe_lab.layer.experts import BACKENDS, SharedExperts, swiglu
+from moe_lab.layer.experts import BACKENDS, SharedExperts, clamped_swiglu, swiglu
 from reference import relative_error
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -17,7 +19,7 @@ COUNTS = {
     "one_expert": [5],
     "one_row": [0, 1],
 }
-ON_CPU = ["loop", "grouped"]
+ON_CPU = ["loop", "padded", "grouped"]
 
 
 def build(counts, backend, dtype=torch.float32):
@@ -118,7 +120,7 @@ def test_what_grouped_cannot_do_is_refused(dim, hidden_dim, dtype, message):
 
 
 def test_an_unknown_backend_is_refused():
-    with pytest.raises(ValueError, match=r"^backend='magic' is not known: choose one of 'loop', 'grouped'"):
+    with pytest.raises(ValueError, match=r"^backend='magic' is not known: choose one of 'loop', 'padded', 'grouped'"):
         GroupedExperts(4, 4, 2, backend="magic")
 
 
@@ -138,6 +140,43 @@ def test_swiglu_by_hand():
     gate, up = torch.tensor([0.0, 1.0, -2.0]), torch.tensor([5.0, 2.0, 3.0])
     sigmoid = [0.5, 0.7310586, 0.1192029]
     torch.testing.assert_close(swiglu(gate, up), torch.tensor([0.0, 2 * sigmoid[1], -6 * sigmoid[2]]))
+
+
+def test_clamped_swiglu_by_hand():
+    gate, up = torch.tensor([1.0, 9.0, -20.0, 0.5]), torch.tensor([2.0, -9.0, 8.0, 0.0])
+    cut_gate, cut_up = [1.0, 7.0, -20.0, 0.5], [2.0, -7.0, 7.0, 0.0]
+    expected = [(u + 1) * g / (1 + math.exp(-1.702 * g)) for g, u in zip(cut_gate, cut_up)]
+    torch.testing.assert_close(clamped_swiglu(gate, up), torch.tensor(expected))
+
+
+def test_padding_reaches_neither_output_nor_gradient():
+    experts, x_RD, ends_E = build([7, 0, 12, 1], "padded")
+    biased = GroupedExperts(DIM, HIDDEN, 4, backend="padded", activation="clamped_swiglu", mlp_bias=True)
+    biased.load_state_dict(experts.state_dict(), strict=False)
+    for bias in (biased.b1_EF, biased.b2_ED, biased.b3_EF):
+        torch.nn.init.constant_(bias, 1e30)  # what padding rows would give, many times over
+    probe_RD = torch.zeros_like(x_RD)
+    biased(x_RD, ends_E).backward(probe_RD)
+    assert all(torch.equal(w.grad, torch.zeros_like(w)) for w in biased.parameters())
+    with torch.no_grad():
+        biased.b2_ED.zero_()
+        assert biased(x_RD, ends_E).isfinite().all()
+
+
+@pytest.mark.parametrize("fields", [{"mlp_bias": True}, {"activation": "clamped_swiglu"}])
+def test_the_fused_backend_computes_plain_swiglu_only(fields):
+    with pytest.raises(ValueError, match=r"^backend='fused' computes plain SwiGLU"):
+        GroupedExperts(4, 4, 2, backend="fused", **fields)
+    with pytest.raises(ValueError, match=r"^backend='fused' computes plain SwiGLU.*choose backend='grouped'"):
+        MoEConfig(dim=4, hidden_dim=4, num_experts=2, top_k=1, backend="fused", **fields)
+
+
+def test_a_shared_gate_weighs_each_token():
+    plain, gated = SharedExperts(DIM, HIDDEN, 2), SharedExperts(DIM, HIDDEN, 2, gated=True)
+    gated.load_state_dict(plain.state_dict(), strict=False)
+    x_TD = torch.randn(5, DIM)
+    weight_T1 = 1 / (1 + (-(x_TD @ gated.gate.weight.T)).exp())
+    torch.testing.assert_close(gated(x_TD), weight_T1 * plain(x_TD))
 
 
 def test_shared_experts_are_the_sum_of_as_many_swiglus():

@@ -41,9 +41,16 @@ class MoE(nn.Module):
         self.dispatcher = LocalTokenDispatcher(
             config.num_experts, combine=config.combine, score_before_experts=config.score_before_experts
         )
-        self.experts = GroupedExperts(config.dim, config.hidden_dim, config.num_experts, backend=config.backend)
+        self.experts = GroupedExperts(
+            config.dim,
+            config.hidden_dim,
+            config.num_experts,
+            backend=config.backend,
+            activation=config.activation,
+            mlp_bias=config.mlp_bias,
+        )
         self.shared_experts = (
-            SharedExperts(config.dim, config.hidden_dim, config.num_shared_experts)
+            SharedExperts(config.dim, config.hidden_dim, config.num_shared_experts, gated=config.shared_expert_gate)
             if config.num_shared_experts
             else None
         )
