@@ -55,7 +55,7 @@ def build(name, dtype, **changes):
         moe.expert_bias_E.copy_(torch.linspace(0, 0.3, E))
     if moe.config.mlp_bias:
         for bias in (moe.experts.b1_EF, moe.experts.b2_ED, moe.experts.b3_EF):
-            torch.nn.init.normal_(bias)
+            torch.nn.init.normal_(bias, std=0.25)
     if name == "non_contiguous":
         x = x.t().contiguous().t()
         assert not x.is_contiguous()
