@@ -3,9 +3,8 @@
 import re
 from pathlib import Path
 
-import torch
-
 import moe_lab
+import torch
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
