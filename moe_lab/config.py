@@ -13,6 +13,7 @@ GroupScore = Literal["top2", "max", "topk_share"]
 GateDtype = Literal["float32", "input"]
 ForcedBalance = Literal["round_robin", "random"]
 Backend = Literal["loop", "padded", "grouped", "fused"]
+DropPolicy = Literal["probs", "position"]
 Activation = Literal["swiglu", "clamped_swiglu"]
 CombineArm = Literal["gather", "scatter_add"]
 
@@ -130,6 +131,8 @@ class MoEConfig:
     `activation` of the routed experts: silu(gate) * up, or gpt-oss's clamped form; `mlp_bias` gives them biases.
     `shared_expert_gate`: multiply the shared experts' output by sigmoid(x w) (Qwen2-MoE, Qwen3-Next).
     `backend`: how expert products are computed; `combine`: how expert outputs return to their tokens.
+    `capacity_factor`: an expert takes at most ceil(T * K / E * capacity_factor) assignments of a forward, the rest
+        is dropped; None drops nothing. `drop_policy`: keep those of the highest gate (`probs`) or the earliest.
     `load_balance_coeff`: step of the auxiliary-loss-free balancing bias; None leaves the bias at zero.
     """
 
@@ -145,6 +148,8 @@ class MoEConfig:
     shared_expert_gate: bool = False
     backend: Backend = "loop"
     combine: CombineArm = "gather"
+    capacity_factor: float | None = None
+    drop_policy: DropPolicy = "probs"
     load_balance_coeff: float | None = None
 
     def __post_init__(self) -> None:
@@ -163,6 +168,12 @@ class MoEConfig:
                 f"backend='fused' computes plain SwiGLU only, not activation={self.activation!r}, "
                 f"mlp_bias={self.mlp_bias}: choose backend='grouped', 'padded' or 'loop'"
             )
+        check_choice("drop_policy", self.drop_policy, get_args(DropPolicy))
+        factor = self.capacity_factor
+        if factor is not None and not (_is_finite(factor) and factor > 0):
+            raise ValueError(f"capacity_factor={factor!r} must be a positive number, or None for no drops")
+        if factor is not None and self.backend == "fused":
+            raise ValueError("backend='fused' drops nothing: with a capacity_factor choose another backend")
         if not isinstance(self.router, RouterConfig):
             raise ValueError(f"router={self.router!r} must be a RouterConfig")
         self.router.check(self.num_experts, self.top_k)

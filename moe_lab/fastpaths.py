@@ -24,6 +24,7 @@ NAMES = (
     "fused_dispatch_combine",
     "host_sync",
     "scatter_add_autograd_or_alias",
+    "scatter_add_inplace_no_grad",
     "score_after_experts",
     "score_after_experts_bf16",
     "score_before_experts",

@@ -1,7 +1,14 @@
 import pytest
 import torch
 
-from moe_lab.kernels.scatter_add import deterministic_mode, deterministic_scatter_add
+from moe_lab import MoE, MoEConfig, fastpaths
+from moe_lab.kernels.scatter_add import (
+    byte_range,
+    deterministic_mode,
+    deterministic_scatter_add,
+    deterministic_scatter_add_,
+    may_overlap,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SHAPES = pytest.mark.parametrize("dims", [1, 2])
@@ -102,3 +109,87 @@ def test_shapes_that_do_not_fit_are_refused(out, index, src, message):
 def test_two_dtypes_are_refused():
     with pytest.raises(ValueError, match=r"torch.float32 .* torch.bfloat16 must be"):
         deterministic_scatter_add(torch.zeros(4, 5), torch.zeros(9, dtype=torch.int64), torch.zeros(9, 5).bfloat16())
+
+
+# in place
+
+
+@SHAPES
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_in_place_gives_the_same_bits(dims, dtype):
+    out, index, src = draw(dims, dtype, num_rows=400)
+    expected = deterministic_scatter_add(out, index, src)
+    deterministic_scatter_add_(out, index, src)
+    assert torch.equal(out, expected)
+
+
+@SHAPES
+def test_opcheck_in_place(dims):
+    torch.library.opcheck(deterministic_scatter_add_, draw(dims))
+
+
+def test_in_place_restores_the_callers_mode(callers_mode):
+    deterministic_scatter_add_(*draw(1))
+    assert current_mode() == callers_mode
+
+
+def test_byte_ranges_by_hand():
+    storage = torch.zeros(8, 6)
+    start = storage.data_ptr()
+    assert byte_range(storage) == (start, start + 192)
+    assert byte_range(storage[2:4, 1]) == (start + 4 * 13, start + 4 * 20)
+    assert byte_range(storage[:0])[0] == byte_range(storage[:0])[1]
+
+
+def test_what_may_overlap():
+    storage = torch.zeros(8, 6)
+    assert may_overlap(storage, storage)
+    assert may_overlap(storage, storage[3])
+    assert may_overlap(storage.view(torch.int32), storage)
+    assert not may_overlap(storage[:4], storage[4:])  # disjoint halves
+    assert may_overlap(storage[:, ::2], storage[:, 1::2])  # interleaved: on the safe side
+    assert not may_overlap(storage, storage.clone())
+    assert not may_overlap(storage[:0], storage)
+
+
+SHARED = MoEConfig(dim=16, hidden_dim=8, num_experts=4, top_k=2, num_shared_experts=1, combine="scatter_add")
+
+
+def in_place_count(moe, x):
+    with fastpaths.record() as record:
+        out = moe(x)
+    return out, record.count("scatter_add_inplace_no_grad"), record.count("scatter_add_autograd_or_alias")
+
+
+def test_the_layer_adds_into_the_shared_experts_output_only_without_gradients():
+    moe, x = MoE(SHARED), torch.randn(9, 16)
+    with_grad, *counts = in_place_count(moe, x)
+    assert counts == [0, 1]
+    with torch.no_grad():
+        without, *counts = in_place_count(moe, x)
+    assert counts == [1, 0]
+    assert torch.equal(with_grad, without)
+
+
+def test_shared_experts_that_return_their_input_are_not_written_to():
+    moe, x = MoE(SHARED), torch.randn(9, 16)
+    moe.shared_experts = torch.nn.Identity()
+    before = x.clone()
+    with torch.no_grad():
+        out, *counts = in_place_count(moe, x)
+    assert counts == [0, 1]
+    assert torch.equal(x, before)
+    moe.shared_experts = Lambda(lambda x: x.clone())
+    with torch.no_grad():
+        again, *counts = in_place_count(moe, x)
+    assert counts == [1, 0]
+    assert torch.equal(out, again)
+
+
+class Lambda(torch.nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)

@@ -39,6 +39,39 @@ def deterministic_scatter_add(out: Tensor, index: Tensor, src: Tensor) -> Tensor
         return out.contiguous().scatter_add(0, _as_2d(index, src), src)
 
 
+@torch.library.custom_op("moe_lab::deterministic_scatter_add_", mutates_args=("out",))
+def deterministic_scatter_add_(out: Tensor, index: Tensor, src: Tensor) -> None:
+    """`deterministic_scatter_add` into `out` itself, bit for bit the same. No gradients: for inference only.
+
+    Whoever calls it makes sure that nobody still needs what `out` held: see `may_overlap`.
+    """
+    _check(out, index, src)
+    with deterministic_mode():
+        out.scatter_add_(0, _as_2d(index, src), src)
+
+
+@deterministic_scatter_add_.register_fake
+def _(out: Tensor, index: Tensor, src: Tensor) -> None:
+    return None
+
+
+def byte_range(tensor: Tensor) -> tuple[int, int]:
+    """Addresses from a tensor's first byte to after its last; what lies between strides counts as its own."""
+    if not tensor.numel():
+        return tensor.data_ptr(), tensor.data_ptr()
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
+
+
+def may_overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether writing one tensor may change the other, on the safe side.
+
+    Disjoint halves of one storage do not overlap; interleaved views count as overlapping, though they share no byte.
+    """
+    (a_start, a_end), (b_start, b_end) = byte_range(a), byte_range(b)
+    return a.device == b.device and a_start < b_end and b_start < a_end
+
+
 def _check(out: Tensor, index: Tensor, src: Tensor) -> None:
     if out.dim() != 2 or src.dim() != 2 or out.shape[1] != src.shape[1] or out.dtype != src.dtype:
         raise ValueError(

@@ -9,7 +9,7 @@ from torch import Tensor
 from moe_lab import fastpaths
 from moe_lab.config import check_choice
 from moe_lab.kernels.rows import gather_rows
-from moe_lab.layer.combine import COMBINE_ARMS
+from moe_lab.layer.combine import COMBINE_ARMS, scatter_add_to
 from moe_lab.layer.plan import DispatchPlan, plan_local
 from moe_lab.layer.router import Routing
 
@@ -18,14 +18,18 @@ class LocalTokenDispatcher:
     """Dispatch and combine where all experts are on this rank.
 
     `combine` names the arm (see `moe_lab.layer.combine`). With `score_before_experts` rows are multiplied by
-    their gate before the experts, in float32, and combined unweighted.
+    their gate before the experts, in float32, and combined unweighted. `dropless=False` allows assignments that
+    were dropped (id -1), which costs a host synchronisation on CUDA.
     """
 
-    def __init__(self, num_experts: int, *, combine: str = "gather", score_before_experts: bool = False) -> None:
+    def __init__(
+        self, num_experts: int, *, combine: str = "gather", score_before_experts: bool = False, dropless: bool = True
+    ) -> None:
         check_choice("combine", combine, COMBINE_ARMS)
         self.num_experts = num_experts
         self.combine_arm = COMBINE_ARMS[combine]
         self.score_before_experts = score_before_experts
+        self.dropless = dropless
 
     @property
     def may_fuse(self) -> bool:
@@ -34,7 +38,7 @@ class LocalTokenDispatcher:
 
     def dispatch(self, x_TD: Float[Tensor, "T D"], routing: Routing) -> tuple[Float[Tensor, "R D"], DispatchPlan]:
         """One row an assignment, expert by expert, and the plan that says which is which."""
-        plan = plan_local(routing.expert_ids_TK, self.num_experts, counts_E=routing.counts_E)
+        plan = plan_local(routing.expert_ids_TK, self.num_experts, counts_E=routing.counts_E, dropless=self.dropless)
         rows_RD = gather_rows(x_TD, plan.order_R, plan.position_TK)
         if self.score_before_experts:
             fastpaths.note("score_before_experts", "rows multiplied in float32, rounded once")
@@ -43,10 +47,26 @@ class LocalTokenDispatcher:
             rows_RD = (rows_RD * gate_R1).to(x_TD.dtype)
         return rows_RD, plan
 
-    def combine(self, rows_RD: Float[Tensor, "R D"], routing: Routing, plan: DispatchPlan) -> Float[Tensor, "T D"]:
-        """Expert outputs summed into their tokens, under the gates unless these were applied before."""
-        if self.score_before_experts:
-            return self.combine_arm(rows_RD, None, plan)
-        name = "score_after_experts_bf16" if rows_RD.dtype == torch.bfloat16 else "score_after_experts"
-        fastpaths.note(name, "weighted in float32 at the combine")
-        return self.combine_arm(rows_RD, routing.gates_TK, plan)
+    def combine(
+        self,
+        rows_RD: Float[Tensor, "R D"],
+        routing: Routing,
+        plan: DispatchPlan,
+        *,
+        shared_TD: Float[Tensor, "T D"] | None = None,
+        x_TD: Float[Tensor, "T D"] | None = None,
+    ) -> Float[Tensor, "T D"]:
+        """Expert outputs summed into their tokens, under the gates unless these were applied before.
+
+        On top of `shared_TD`, what the shared experts gave, if there are any. `scatter_add` may write into that,
+        unless it may be part of `x_TD`, the layer's input.
+        """
+        gates_TK = None if self.score_before_experts else routing.gates_TK
+        if gates_TK is not None:
+            name = "score_after_experts_bf16" if rows_RD.dtype == torch.bfloat16 else "score_after_experts"
+            fastpaths.note(name, "weighted in float32 at the combine")
+        if shared_TD is None:
+            return self.combine_arm(rows_RD, gates_TK, plan)
+        if self.combine_arm is COMBINE_ARMS["scatter_add"] and shared_TD.dtype == rows_RD.dtype:
+            return scatter_add_to(shared_TD, rows_RD, gates_TK, plan, protected=x_TD)
+        return self.combine_arm(rows_RD, gates_TK, plan) + shared_TD

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from moe_lab import fastpaths
 from moe_lab.config import MoEConfig
 from moe_lab.layer.balance import bias_delta
+from moe_lab.layer.capacity import drop_over_capacity
 from moe_lab.layer.dispatch import LocalTokenDispatcher
 from moe_lab.layer.experts import GroupedExperts, SharedExperts
 from moe_lab.layer.router import Routing, TokenChoiceTopKRouter
@@ -39,7 +40,10 @@ class MoE(nn.Module):
         self.config = config
         self.router = TokenChoiceTopKRouter(config.dim, config.num_experts, config.top_k, config.router)
         self.dispatcher = LocalTokenDispatcher(
-            config.num_experts, combine=config.combine, score_before_experts=config.score_before_experts
+            config.num_experts,
+            combine=config.combine,
+            score_before_experts=config.score_before_experts,
+            dropless=config.capacity_factor is None,
         )
         self.experts = GroupedExperts(
             config.dim,
@@ -70,20 +74,21 @@ class MoE(nn.Module):
             raise ValueError(f"x is on {x.device}: must be on {self.router.gate.weight.device}, where the layer is")
         x_TD = x.reshape(-1, self.config.dim)
         routing = self.router(x_TD, self.expert_bias_E)
-        out_TD = self._routed(x_TD, routing)
-        if self.shared_experts is not None:
-            out_TD = out_TD + self.shared_experts(x_TD)
         if self.training and not _in_backward():
-            self.tokens_per_expert_E += routing.counts_E
-        return out_TD.view(x.shape)
+            self.tokens_per_expert_E += routing.counts_E  # what was asked for, before drops
+        if self.config.capacity_factor is not None:
+            routing = drop_over_capacity(routing, self.config.capacity_factor, self.config.drop_policy)
+        return self._computed(x_TD, routing).view(x.shape)
 
-    def _routed(self, x_TD: Tensor, routing: Routing) -> Tensor:
+    def _computed(self, x_TD: Tensor, routing: Routing) -> Tensor:
+        shared_TD = None if self.shared_experts is None else self.shared_experts(x_TD)
         if self.config.backend == "fused" and self.dispatcher.may_fuse:
             fastpaths.note("fused_dispatch_combine", "backend='fused', weighted in float32 at the combine")
-            return self.experts.fused(x_TD, routing)
+            out_TD = self.experts.fused(x_TD, routing)
+            return out_TD if shared_TD is None else out_TD + shared_TD
         rows_RD, plan = self.dispatcher.dispatch(x_TD, routing)
         rows_RD = self.experts(rows_RD, plan.ends_E)
-        return self.dispatcher.combine(rows_RD, routing, plan)
+        return self.dispatcher.combine(rows_RD, routing, plan, shared_TD=shared_TD, x_TD=x_TD)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MoE:
         # The bias moves by steps far below a bfloat16 ulp: `.bfloat16()` must not round it.
