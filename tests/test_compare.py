@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from moe_lab import RouterConfig, RoutingTrace
-from moe_lab.study.compare import agreement, reproduced
+from moe_lab.study.compare import agreement, reproduced, rounded
 from synthetic import synthetic_trace
 
 
@@ -89,3 +89,15 @@ def test_what_cannot_be_compared_is_refused():
             agreement(trace, other)
     with pytest.raises(ValueError, match="no logits_LTE"):
         reproduced(synthetic_trace(tokens=500, logits=False))
+
+
+def test_rounded_logits_change_what_nearly_ties():
+    trace = synthetic_trace(tokens=1000, bias=True)
+    exact = rounded(trace, torch.float16)
+    assert torch.equal(exact.logits_LTE, trace.logits_LTE)
+    assert torch.equal(exact.expert_ids_LTK.long(), trace.expert_ids_LTK.long())
+    coarse = [agreement(exact, rounded(trace, dtype)).tokens_L for dtype in (torch.bfloat16, torch.float8_e4m3fn)]
+    assert (coarse[1] < coarse[0]).all()
+    assert (coarse[0] < 1).all()
+    with pytest.raises(ValueError, match="nothing to round"):
+        rounded(synthetic_trace(tokens=100, logits=False), torch.bfloat16)

@@ -86,6 +86,22 @@ def reproduced(trace: RoutingTrace) -> Float[Tensor, " L"]:
     return same_L / kept_L
 
 
+def rounded(trace: RoutingTrace, dtype: torch.dtype) -> RoutingTrace:
+    """The trace as its own router would have made it from logits that were rounded to `dtype`.
+
+    What a server that keeps logits in bfloat16 or float8 does to the choice, all else equal: the logits that come
+    out are those that were recorded, rounded. Scores are computed in float64, so that ties that rounding made are
+    broken alike everywhere. Raises `ValueError` for a trace without logits.
+    """
+    if trace.logits_LTE is None:
+        raise ValueError("this trace has no logits_LTE: nothing to round")
+    logits = [logits_TE.to(dtype).double() for logits_TE in trace.logits_LTE]
+    made = RoutingTrace.from_router_logits(
+        logits, trace.info.router, trace.top_k, expert_bias_LE=trace.expert_bias_LE, layers=trace.info.layers
+    )
+    return made._with(info=trace.info, document_T=trace.document_T, position_T=trace.position_T, valid_T=trace.valid_T)
+
+
 def _document_length_T(trace: RoutingTrace) -> Tensor:
     return torch.tensor([document.length for document in trace.info.documents])[trace.document_T.long()]
 

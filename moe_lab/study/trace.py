@@ -279,7 +279,8 @@ class RoutingTrace:
 
         Made for `output_router_logits` of transformers, whose tensors are (B*L, E). `valid` is the attention mask:
         (B, L), each row a document of its own, or (T,). `expert_bias_LE` is the balancing bias, if there was one.
-        Ids and gates are computed here: as exact as the logits, whose near ties may have gone the other way.
+        Ids and gates are computed here, in float32 (float64 for such logits): as exact as the logits, whose near
+        ties may have gone the other way.
 
         Raises `ValueError` for logits that differ in shape, are not finite, or cannot be routed so.
         """
@@ -293,7 +294,7 @@ class RoutingTrace:
         biases = [None] * len(logits) if expert_bias_LE is None else expert_bias_LE.detach().float().cpu().unbind()
         if len(biases) != len(logits):
             raise ValueError(f"expert_bias_LE has {len(biases)} layers where logits has {len(logits)}")
-        flat = [x.detach().flatten(0, -2).float().cpu() for x in logits]
+        flat = [x.detach().flatten(0, -2).to("cpu", torch.promote_types(x.dtype, torch.float32)) for x in logits]
         routings = [route(x, router, top_k, expert_bias_E=b) for x, b in zip(flat, biases, strict=True)]
         rows, length = (1, shape[0]) if len(shape) == 1 else shape
         token_T = torch.arange(rows * length, dtype=torch.int32)
