@@ -13,7 +13,8 @@ import torch
 from moe_lab import RoutingTrace
 from moe_lab.study.counts import CountsTrace
 from moe_lab.study.files import read_logits, read_routed_experts
-from moe_lab.study.importers import from_routed_experts, megatron_parts
+from moe_lab.study.importers import from_routed_experts
+from moe_lab.study.megatron import megatron_parts
 from test_importers import E, K, sequences_of, write_rank
 from test_trace import make_trace, mutated
 
@@ -69,7 +70,7 @@ def answers_file(folder, rng):
 
 def megatron_folder(folder, rng):
     if not (folder / "logits_rank0.bin").exists():
-        write_rank(folder, 0, steps=1, forwards=1)
+        write_rank(folder, 0, steps=2, forwards=2, tokens=3)
         (folder / "intact").write_text((folder / "router_trace_rank0.jsonl").read_text())
     text = (folder / "intact").read_text()
     (folder / "router_trace_rank0.jsonl").write_text(broken_text(text, rng), encoding="utf-8")

@@ -14,7 +14,8 @@ from moe_lab.cli import main
 from moe_lab.layer.router import route
 from moe_lab.study.compare import reproduced
 from moe_lab.study.files import read_logits, read_routed_experts
-from moe_lab.study.importers import from_routed_experts, megatron_parts
+from moe_lab.study.importers import from_routed_experts
+from moe_lab.study.megatron import megatron_parts
 from moe_lab.study.writer import write_trace
 
 E, K, T = 8, 2, 12
@@ -222,6 +223,37 @@ def test_megatron_without_logits_needs_to_know_the_experts(tmp_path):
     trace = RoutingTrace.concatenate(list(megatron_parts(tmp_path, num_experts=E)))
     assert trace.logits_LTE is None
     assert trace.num_tokens == 20
+
+
+def test_a_dumped_state_gives_the_bias_and_the_score_function(tmp_path):
+    write_rank(tmp_path, 0)
+    bias_LE = torch.randn(2, E)
+    state = {
+        layer: {"weight": torch.zeros(E, 4), "expert_bias": bias_E, "score_function": "sigmoid", "topk": K}
+        for layer, bias_E in zip((1, 3), bias_LE)
+    }
+    torch.save(state, tmp_path / "router_state_rank0.pt")
+    part = next(megatron_parts(tmp_path))
+    assert torch.equal(part.expert_bias_LE, bias_LE)
+    assert part.info.router == RouterConfig(score_func="sigmoid")
+    assert next(megatron_parts(tmp_path, router=RouterConfig())).info.router == RouterConfig()
+    torch.save({1: {"expert_bias": torch.zeros(3)}}, tmp_path / "router_state_rank0.pt")
+    with pytest.raises(ValueError, match="router_state: expert_bias of"):
+        next(megatron_parts(tmp_path))
+    torch.save([1], tmp_path / "router_state_rank0.pt")
+    with pytest.raises(ValueError, match=r"router_state_rank0.pt must hold a dict by layer"):
+        next(megatron_parts(tmp_path))
+
+
+def test_forwards_of_one_step_are_alike(tmp_path):
+    write_rank(tmp_path, 0, steps=1, forwards=2, logits=False)
+    path = tmp_path / "router_trace_rank0.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    for record in lines[:2]:
+        record["topk"], record["top_indices"] = 1, [ids[:1] for ids in record["top_indices"]]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    with pytest.raises(ValueError, match="step 0: forwards differ in topk or logits"):
+        list(megatron_parts(tmp_path, num_experts=E))
 
 
 def test_ranks_of_other_pipeline_stages_are_refused(tmp_path):

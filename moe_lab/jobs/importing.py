@@ -16,7 +16,8 @@ from moe_lab.config import PRESETS, RouterConfig, check_choice
 from moe_lab.study.compare import reproduced
 from moe_lab.study.counts import DIMS, CountsTrace
 from moe_lab.study.files import read_logits, read_routed_experts
-from moe_lab.study.importers import from_routed_experts, megatron_parts
+from moe_lab.study.importers import from_routed_experts
+from moe_lab.study.megatron import megatron_parts
 from moe_lab.study.trace import RoutingTrace
 from moe_lab.study.writer import write_trace
 

@@ -32,6 +32,11 @@ def read_logits(path: str | Path) -> tuple[list[Tensor], Tensor | None]:
     return _guarded(Path(path), _logits)
 
 
+def read_tensors(path: str | Path) -> Any:
+    """What a file of `torch.save` (with `weights_only=True`) or of safetensors holds."""
+    return _guarded(Path(path), _tensors)
+
+
 def read_routed_experts(path: str | Path, *, num_layers: int | None = None, top_k: int | None = None) -> list[Tensor]:
     """Expert ids (tokens, layers, K), one tensor a sequence.
 
