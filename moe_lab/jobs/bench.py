@@ -236,6 +236,8 @@ def main(args: argparse.Namespace) -> int:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("device='cuda' is not here: torch sees no GPU")
     check_int("rounds", args.rounds, 1)
+    if args.tokens is not None:
+        check_int("tokens", args.tokens, 1)
     check_choice("dtype", args.dtype, ("bfloat16", "float16", "float32"))
     peers = tuple(PEERS) if args.peers == "all" else tuple(args.peers.split(","))
     for name in peers:
@@ -247,11 +249,10 @@ def main(args: argparse.Namespace) -> int:
     print("  ".join(f"{name} {fact}" for name, fact in facts.items()))
     results = []
     for layer in layers:
-        tokens = args.tokens or TOKENS.get(layer, DEFAULT_TOKENS)
-        check_int("tokens", tokens, 1)
+        tokens = TOKENS.get(layer, DEFAULT_TOKENS) if args.tokens is None else args.tokens
         results.append(bench_layer(layer, tokens, device, getattr(torch, args.dtype), peers, args.rounds))
         print(f"\n{results[-1]}", flush=True)
     if args.json:
-        facts["command"] = " ".join(["moe-lab", *sys.argv[1:]])
+        facts["command"] = " ".join(["moe-lab", *(Path(a).name if a == str(args.json) else a for a in sys.argv[1:])])
         args.json.write_text(json.dumps({"environment": facts, "results": [asdict(r) for r in results]}, indent=1))
     return 0

@@ -1,0 +1,47 @@
+import time
+
+import pytest
+import torch
+
+from moe_lab.study import timing
+
+CPU = torch.device("cpu")
+
+
+def test_arms_run_in_turn_and_the_first_round_does_not_count():
+    calls = []
+    arms = {name: (lambda name=name: calls.append(name)) for name in "ab"}
+    times = timing.interleave(arms, CPU, rounds=2, block_ms=0.0)
+    assert {name: len(values) for name, values in times.items()} == {"a": 2, "b": 2}
+    assert "".join(calls) == "aaabbb" + "ab" * 3, "three calls each to choose the block, then rounds of one"
+
+
+def test_a_longer_arm_is_measured_longer():
+    times = timing.interleave({"nap": lambda: time.sleep(0.02), "nothing": lambda: None}, CPU, rounds=1, block_ms=1.0)
+    assert times["nap"][0] >= 20 > times["nothing"][0]
+
+
+def test_the_summary_is_a_median_within_its_interval():
+    summary = timing.summarise([1.0, 2.0, 3.0, 4.0, 100.0])
+    assert summary.median == 3.0
+    assert summary.low <= 3.0 <= summary.high <= 100.0
+    assert timing.summarise([5.0]) == (5.0, 5.0, 5.0)
+
+
+def test_ratios_are_taken_round_by_round():
+    assert timing.ratio([2.0, 20.0, 200.0], [1.0, 10.0, 100.0]) == (2.0, 2.0, 2.0)
+
+
+def test_the_environment_names_device_and_versions():
+    facts = timing.environment(CPU)
+    assert facts["torch"] == torch.__version__
+    assert "CPU" in facts["device"]
+    assert facts.keys() == {"date", "python", "torch", "device"}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_memory_counts_what_is_kept_and_the_worst_moment():
+    x = torch.zeros(2**20, device="cuda", requires_grad=True)
+    memory = timing.measure_memory(lambda: x.exp() * x.sin(), lambda out: out.sum().backward())
+    assert memory.saved == 2 * 4 * 2**20
+    assert memory.peak > memory.saved
