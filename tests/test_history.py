@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from moe_lab.study.counts import CountsTrace
-from moe_lab.study.history import chance_dead, churn, dead_experts, trajectories, window_counts
+from moe_lab.study.history import chance_dead, churn, count_imbalance, dead_experts, trajectories, window_counts
+from moe_lab.study.load import imbalance
 from moe_lab.study.metrics import load_imbalance
 from synthetic import synthetic_trace
 from test_structure import trace_of
@@ -48,6 +49,23 @@ def test_a_trace_becomes_steps():
     assert int(window_counts(trace, 1000).counts_SLRE.sum()) == 1000 * 4 * 3
     with pytest.raises(ValueError, match="tokens=1001"):
         window_counts(trace, 1001)
+
+
+def test_counts_have_a_load_beside_chance():
+    trace = synthetic_trace(tokens=1200, bias=False)
+    of_trace = imbalance(trace, 400, shuffle=False)
+    of_counts = count_imbalance(window_counts(trace, 400, shuffle=False), trace.top_k)
+    for layer in range(3):
+        expected, got = of_trace.load(layer), of_counts.load(layer)
+        assert got.metrics == expected.metrics
+        assert got.null == expected.null
+        assert (got.tokens, got.windows) == (400, 3)
+        assert torch.equal(got.shares_E, expected.shares_E)
+    ranks = CountsTrace.from_tensor(torch.tensor([[[4, 0], [0, 4]], [[2, 2], [0, 4]]]), ("step", "rank", "expert"))
+    assert count_imbalance(ranks, 1).domains == ("all ranks", "rank 0", "rank 1")
+    assert count_imbalance(ranks, 1).load(0, "rank 0").metrics.max_over_mean == pytest.approx((2 + 1) / 2)
+    with pytest.raises(ValueError, match="no chance level"):
+        count_imbalance(COUNTS, 2)
 
 
 def test_churn_by_hand():

@@ -13,8 +13,8 @@ from torch import Tensor
 from moe_lab.config import check_int
 from moe_lab.study.compare import agreement
 from moe_lab.study.counts import CountsTrace
-from moe_lab.study.load import packing_order
-from moe_lab.study.metrics import LoadImbalance, measure
+from moe_lab.study.load import Imbalance, Load, packing_order
+from moe_lab.study.metrics import LoadImbalance, measure, null_band
 from moe_lab.study.trace import RoutingTrace
 
 
@@ -56,6 +56,37 @@ def window_counts(trace: RoutingTrace, tokens: int, *, shuffle: bool = True) -> 
     step_T[order_T[: steps * tokens]] = torch.arange(steps * tokens) // tokens
     counts_SLRE = trace.counts_by(step_T, steps).transpose(0, 1)[:, :, None].contiguous()
     return CountsTrace(counts_SLRE, tuple(range(steps)), trace.info.layers, (0,))
+
+
+def count_imbalance(counts: CountsTrace, top_k: int) -> Imbalance:
+    """Load of every layer beside chance, as `imbalance` gives it for a trace: each step is a window.
+
+    Over all ranks together, and of each rank by itself when there are several, which stand where domains do.
+    Chance needs tokens: assignments of a step over `top_k`, which must be the same in every step and layer.
+
+    Raises `ValueError` for counts of unequal steps: choose steps, or import ids.
+    """
+    check_int("top_k", top_k, 1, counts.num_experts)
+    groups = [("all ranks", counts.counts_SLRE.sum(dim=2))]
+    if len(counts.ranks) > 1:
+        groups += [(f"rank {rank}", counts.counts_SLRE[:, :, r]) for r, rank in enumerate(counts.ranks)]
+    loads, left_out = [], []
+    for name, counts_SLE in groups:
+        total_SL = counts_SLE.sum(dim=2)
+        if int(total_SL.min()) != int(total_SL.max()) or not total_SL.any() or int(total_SL[0, 0]) % top_k:
+            left_out.append(name)
+            continue
+        tokens = int(total_SL[0, 0]) // top_k
+        null = null_band(tokens, top_k, counts.num_experts, windows=len(counts.steps))
+        for layer, counts_SE in zip(counts.layers, counts_SLE.unbind(1)):
+            metrics = LoadImbalance(*measure(counts_SE.numpy()).mean(axis=0).tolist())
+            shares_E = counts_SE.sum(dim=0).double() / counts_SE.sum()
+            loads.append(Load(layer, name, tokens, len(counts.steps), metrics, null, shares_E, 0))
+    if not loads:
+        raise ValueError(
+            f"steps or layers differ in assignments, or they are no multiple of top_k={top_k}: no chance level"
+        )
+    return Imbalance(tuple(loads), None, tuple(left_out))
 
 
 def trajectories(counts: CountsTrace) -> Trajectories:
