@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from moe_lab import RouterConfig, record
+from moe_lab import RouterConfig, RoutingTrace, record
 from moe_lab.models import hf
 from peers.tiny_models import MODELS, VOCAB, E, K, moe_blocks, tiny_model
 
@@ -53,6 +53,23 @@ def test_what_is_recorded_is_what_ran(name):
         # Rerouting the recorded logits by the configuration that was found gives back what ran.
         again = trace.reroute(layer, trace.info.router, K)
         assert torch.equal(again.expert_ids_TK.sort(dim=1).values, ids_TK.sort(dim=1).values)
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "mixtral", "olmoe", "gpt_oss", "deepseek_v3"])
+def test_router_logits_make_the_trace_that_recording_makes(name):
+    model = tiny_model(name)
+    tokens, mask = torch.randint(1, VOCAB, (2, 12)), torch.ones(2, 12, dtype=torch.int64)
+    with record(model) as recorder, torch.no_grad():
+        logits = model(tokens, attention_mask=mask, output_router_logits=True).router_logits
+    recorded = recorder.trace()
+    made = RoutingTrace.from_router_logits(
+        logits, CONFIGS[name], K, valid=mask, expert_bias_LE=recorded.expert_bias_LE, model="tiny"
+    )
+    assert [document.length for document in made.info.documents] == [12, 12]
+    assert torch.equal(made.logits_LTE, recorded.logits_LTE)
+    for layer in range(2):
+        ours, theirs = (dense(t.expert_ids_LTK[layer].long(), t.gates_LTK[layer]) for t in (made, recorded))
+        torch.testing.assert_close(ours, theirs, rtol=2**-10, atol=0)  # an ulp of float16
 
 
 @pytest.mark.parametrize("name", MODELS)
