@@ -3,8 +3,9 @@
 import re
 from pathlib import Path
 
-import moe_lab
 import torch
+
+import moe_lab
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
