@@ -23,16 +23,9 @@ from moe_lab.kernels.tiles import TILE, TileRows
 
 COLUMNS = 256
 HALF = COLUMNS // 2  # persistent kernels store in two halves, to leave shared memory to the next operands
-GROUP = 8
+GROUP = 8  # row tiles that share a column tile while it is in the cache
 GATHER_ONCE = 2048  # hidden width from which gathering before the product is faster (measured on an H200)
-COUNTS = [
-    "num_tiles",
-    "num_columns",
-    "num_m",
-    "num_n",
-    "num_experts",
-    "top_k",
-]  # no kernel of its own for each of their values
+COUNTS = ["num_tiles", "num_columns", "num_m", "num_n", "top_k"]  # a kernel serves all their values
 
 
 def up(x_TD: Tensor, w1_EFD: Tensor, w3_EFD: Tensor, rows: TileRows, *, save: bool) -> tuple[Tensor, Tensor]:
