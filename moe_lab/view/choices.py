@@ -73,7 +73,8 @@ def rerouted(trace: RoutingTrace, choice: Choice) -> RoutingTrace:
     choice.router.check(trace.num_experts, choice.top_k)
     ids_LTK = _ranking(trace, dataclasses.replace(choice, top_k=_reach(trace, choice)))[..., : choice.top_k]
     info = dataclasses.replace(trace.info, top_k=choice.top_k, router=choice.router)
-    return dataclasses.replace(trace, info=info, expert_ids_LTK=ids_LTK, gates_LTK=None, logits_LTE=None)
+    # the router made these ids: to check them again would cost a slider's move more than all the rest
+    return trace._with(info=info, expert_ids_LTK=ids_LTK, gates_LTK=None, logits_LTE=None)
 
 
 def _reach(trace: RoutingTrace, choice: Choice) -> int:

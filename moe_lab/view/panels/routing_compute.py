@@ -15,6 +15,7 @@ from moe_lab.view.loads import WindowLoads, packed_tokens, window_loads
 from moe_lab.view.pages import Reader, tint
 from moe_lab.view.tokens import TintedText
 
+ONE_THREAD = 2**15  # numbers that torch works on without waiting for other threads, which may be long
 PAGES = "pages"  # what names of shipped traces that come with text end in
 
 
@@ -65,7 +66,8 @@ def _loads(trace: RoutingTrace, choice: Choice | None, domain: str | None, windo
 def _tint(
     pages: RoutingTrace, layer: int, choice: Choice | None, domain: str | None, read: Reader
 ) -> TintedText | None:
-    return tint(pages, layer, choice=choice, domain=domain, read=read)
+    tokens = min(1000, max(400, ONE_THREAD // pages.num_experts))
+    return tint(pages, layer, choice=choice, domain=domain, tokens=tokens, read=read)
 
 
 def shipped_names() -> tuple[str, ...]:
