@@ -16,6 +16,8 @@ Backend = Literal["loop", "padded", "grouped", "fused"]
 DropPolicy = Literal["probs", "position"]
 Activation = Literal["swiglu", "clamped_swiglu"]
 CombineArm = Literal["gather", "scatter_add"]
+Reorder = Literal["auto", "index", "equal_count", "segment_cat"]
+EqualSplit = Literal["off", "adaptive", "force"]
 
 
 def check_choice(name: str, value: object, allowed: Collection[object]) -> None:
@@ -40,6 +42,12 @@ def check_bool(name: str, value: object) -> None:
 
 def _is_finite(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def check_threshold(name: str, value: object) -> None:
+    """Raise `ValueError` unless `value` is a finite number >= 0."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+        raise ValueError(f"{name}={value!r} must be a finite number >= 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,6 +142,12 @@ class MoEConfig:
     `capacity_factor`: an expert takes at most ceil(T * K / E * capacity_factor) assignments of a forward, the rest
         is dropped; None drops nothing. `drop_policy`: keep those of the highest gate (`probs`) or the earliest.
     `load_balance_coeff`: step of the auxiliary-loss-free balancing bias; None leaves the bias at zero.
+
+    Where experts are spread over ranks (on one rank these change nothing):
+    `reorder`: how received rows go from rank-major to expert-major; all ways give the same bits.
+    `equal_split`: pad every segment of an exchange to the mesh-wide largest: never (`off`), always (`force`), or
+        when no rank's padding exceeds `equal_split_threshold` of its rows (`adaptive`).
+    `pad_multiple`: rows of each local expert are padded with zeros to a multiple of this.
     """
 
     dim: int
@@ -151,6 +165,10 @@ class MoEConfig:
     capacity_factor: float | None = None
     drop_policy: DropPolicy = "probs"
     load_balance_coeff: float | None = None
+    reorder: Reorder = "auto"
+    equal_split: EqualSplit = "off"
+    equal_split_threshold: float = 0.10
+    pad_multiple: int = 1
 
     def __post_init__(self) -> None:
         for name in ("dim", "hidden_dim"):
@@ -174,12 +192,16 @@ class MoEConfig:
             raise ValueError(f"capacity_factor={factor!r} must be a positive number, or None for no drops")
         if factor is not None and self.backend == "fused":
             raise ValueError("backend='fused' drops nothing: with a capacity_factor choose another backend")
+        check_choice("reorder", self.reorder, get_args(Reorder))
+        check_choice("equal_split", self.equal_split, get_args(EqualSplit))
+        check_int("pad_multiple", self.pad_multiple, 1)
         if not isinstance(self.router, RouterConfig):
             raise ValueError(f"router={self.router!r} must be a RouterConfig")
         self.router.check(self.num_experts, self.top_k)
         coeff = self.load_balance_coeff
         if coeff is not None and not (_is_finite(coeff) and coeff > 0):
             raise ValueError(f"load_balance_coeff={coeff!r} must be a positive number, or None for no balancing")
+        check_threshold("equal_split_threshold", self.equal_split_threshold)
 
     def replace(self, **changes: Any) -> MoEConfig:
         """A copy with some fields changed, validated again."""

@@ -61,3 +61,16 @@ def check_counts(counts_E: Tensor, ends_E: Tensor) -> None:
     """Refuse counts that do not match the sorted ids; under debug contracts only."""
     if debug() and not torch.compiler.is_compiling() and not torch.equal(counts_E.cumsum(0), ends_E.long()):
         raise ValueError(f"counts_E={counts_E.tolist()} do not sum to the ends of the sorted ids {ends_E.tolist()}")
+
+
+def check_splits(num_rows: int, send: list[int] | None, receive: list[int] | None, size: int) -> None:
+    """Refuse splits of an exchange that do not add up; under debug contracts only. None is even splits."""
+    if not debug():
+        return
+    if send is None and num_rows % size:
+        raise ValueError(f"even splits of {num_rows} rows over {size} ranks do not exist")
+    for name, splits in (("send", send), ("receive", receive)):
+        if splits is not None and (len(splits) != size or min(splits) < 0):
+            raise ValueError(f"{name} splits {splits} must be {size} numbers >= 0")
+    if send is not None and sum(send) != num_rows:
+        raise ValueError(f"send splits {send} add up to {sum(send)}, but there are {num_rows} rows")

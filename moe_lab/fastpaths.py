@@ -20,23 +20,42 @@ from dataclasses import dataclass, field
 import torch
 
 NAMES = (
+    "direct_equal_split_dispatch",
+    "equal_a2a_padding_combine",
+    "equal_a2a_padding_dispatch",
+    "equal_count_permute",
+    "equal_count_unpermute",
     "force_load_balance_dispatch",
     "fused_dispatch_combine",
     "host_sync",
+    "normal_equal_a2a_padding_adaptive_dispatch",
+    "normal_equal_a2a_padding_adaptive_skip",
+    "normal_equal_a2a_padding_combine",
+    "normal_equal_a2a_padding_dispatch",
+    "padded_rows",
+    "padding_overhead_bp",
     "scatter_add_autograd_or_alias",
     "scatter_add_inplace_no_grad",
     "score_after_experts",
     "score_after_experts_bf16",
     "score_before_experts",
+    "segment_cat_permute",
+    "segment_cat_unpermute",
 )
 
 
 @dataclass
 class Entry:
-    """One decision: how often it was taken, and the reasons given with their counts."""
+    """One decision: how often it was taken, and the reasons given with their counts.
+
+    `total`, `low` and `high` sum up the values noted with it, where a decision has one (padded rows, overhead).
+    """
 
     count: int = 0
     reasons: dict[str, int] = field(default_factory=dict)
+    total: int = 0
+    low: int | None = None
+    high: int | None = None
 
 
 @dataclass
@@ -45,10 +64,14 @@ class Record:
 
     entries: dict[str, Entry] = field(default_factory=dict)
 
-    def note(self, name: str, reason: str) -> None:
+    def note(self, name: str, reason: str, value: int | None = None) -> None:
         entry = self.entries.setdefault(name, Entry())
         entry.count += 1
         entry.reasons[reason] = entry.reasons.get(reason, 0) + 1
+        if value is not None:
+            entry.total += value
+            entry.low = value if entry.low is None else min(entry.low, value)
+            entry.high = value if entry.high is None else max(entry.high, value)
 
     def count(self, name: str) -> int:
         """How often `name` was decided, 0 if never. `ValueError` for a name nothing ever notes."""
@@ -71,8 +94,8 @@ class Record:
 _recorders: list[Record] = []
 
 
-def note(name: str, reason: str | Callable[[], str]) -> None:
-    """Count decision `name` with its reason, on every active record.
+def note(name: str, reason: str | Callable[[], str], value: int | None = None) -> None:
+    """Count decision `name` with its reason, and a value where it has one, on every active record.
 
     Pass the reason as a function when forming it costs anything: it is called only while recording.
     """
@@ -82,7 +105,7 @@ def note(name: str, reason: str | Callable[[], str]) -> None:
         raise ValueError(f"fast path {name!r} is not known: choose one of {', '.join(NAMES)}")
     text = reason() if callable(reason) else reason
     for recorder in _recorders:
-        recorder.note(name, text)
+        recorder.note(name, text, value)
 
 
 @contextmanager

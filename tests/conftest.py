@@ -41,3 +41,11 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def layer_config():
+    """A small layer's settings, with changes."""
+    from moe_lab import MoEConfig
+
+    return lambda **changes: MoEConfig(**{"dim": 16, "hidden_dim": 24, "num_experts": 8, "top_k": 2} | changes)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from moe_lab import fastpaths
@@ -39,13 +41,17 @@ class LocalTokenDispatcher:
     def dispatch(self, x_TD: Float[Tensor, "T D"], routing: Routing) -> tuple[Float[Tensor, "R D"], DispatchPlan]:
         """One row an assignment, expert by expert, and the plan that says which is which."""
         plan = plan_local(routing.expert_ids_TK, self.num_experts, counts_E=routing.counts_E, dropless=self.dropless)
+        return self.gather(x_TD, routing, plan), plan
+
+    def gather(self, x_TD: Float[Tensor, "T D"], routing: Routing, plan: DispatchPlan) -> Float[Tensor, "R D"]:
+        """The row of each assignment in the plan's order, under its gate if gates come before the experts."""
         rows_RD = gather_rows(x_TD, plan.order_R, plan.position_TK)
-        if self.score_before_experts:
-            fastpaths.note("score_before_experts", "rows multiplied in float32, rounded once")
-            # The gates as (N, 1) rows of one assignment each: permuted by the same op, deterministic backward too.
-            gate_R1 = gather_rows(routing.gates_TK.reshape(-1, 1), plan.order_R, plan.position_TK.view(-1, 1))
-            rows_RD = (rows_RD * gate_R1).to(x_TD.dtype)
-        return rows_RD, plan
+        if not self.score_before_experts:
+            return rows_RD
+        fastpaths.note("score_before_experts", "rows multiplied in float32, rounded once")
+        # The gates as (N, 1) rows of one assignment each: permuted by the same op, deterministic backward too.
+        gate_R1 = gather_rows(routing.gates_TK.reshape(-1, 1), plan.order_R, plan.position_TK.view(-1, 1))
+        return (rows_RD * gate_R1).to(x_TD.dtype)
 
     def combine(
         self,
@@ -53,14 +59,20 @@ class LocalTokenDispatcher:
         routing: Routing,
         plan: DispatchPlan,
         *,
-        shared_TD: Float[Tensor, "T D"] | None = None,
+        shared: Callable[[], Tensor] | None = None,
         x_TD: Float[Tensor, "T D"] | None = None,
     ) -> Float[Tensor, "T D"]:
         """Expert outputs summed into their tokens, under the gates unless these were applied before.
 
-        On top of `shared_TD`, what the shared experts gave, if there are any. `scatter_add` may write into that,
+        On top of what `shared`, the shared experts, give, if there are any. `scatter_add` may write into that,
         unless it may be part of `x_TD`, the layer's input.
         """
+        return self.weigh(rows_RD, routing, plan, None if shared is None else shared(), x_TD)
+
+    def weigh(
+        self, rows_RD: Tensor, routing: Routing, plan: DispatchPlan, shared_TD: Tensor | None, x_TD: Tensor | None
+    ) -> Float[Tensor, "T D"]:
+        """The sum over each token's rows, by the chosen arm, and the shared experts' output."""
         gates_TK = None if self.score_before_experts else routing.gates_TK
         if gates_TK is not None:
             name = "score_after_experts_bf16" if rows_RD.dtype == torch.bfloat16 else "score_after_experts"
@@ -70,3 +82,7 @@ class LocalTokenDispatcher:
         if self.combine_arm is COMBINE_ARMS["scatter_add"] and shared_TD.dtype == rows_RD.dtype:
             return scatter_add_to(shared_TD, rows_RD, gates_TK, plan, protected=x_TD)
         return self.combine_arm(rows_RD, gates_TK, plan) + shared_TD
+
+    def sum_over_ranks(self, counts_E: Int[Tensor, " E"]) -> Int[Tensor, " E"]:
+        """Counts of the whole mesh, which is this rank."""
+        return counts_E

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -81,14 +82,14 @@ class MoE(nn.Module):
         return self._computed(x_TD, routing).view(x.shape)
 
     def _computed(self, x_TD: Tensor, routing: Routing) -> Tensor:
-        shared_TD = None if self.shared_experts is None else self.shared_experts(x_TD)
+        shared = None if self.shared_experts is None else partial(self.shared_experts, x_TD)
         if self.config.backend == "fused" and self.dispatcher.may_fuse:
             fastpaths.note("fused_dispatch_combine", "backend='fused', weighted in float32 at the combine")
             out_TD = self.experts.fused(x_TD, routing)
-            return out_TD if shared_TD is None else out_TD + shared_TD
+            return out_TD if shared is None else out_TD + shared()
         rows_RD, plan = self.dispatcher.dispatch(x_TD, routing)
         rows_RD = self.experts(rows_RD, plan.ends_E)
-        return self.dispatcher.combine(rows_RD, routing, plan, shared_TD=shared_TD, x_TD=x_TD)
+        return self.dispatcher.combine(rows_RD, routing, plan, shared=shared, x_TD=x_TD)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MoE:
         # The bias moves by steps far below a bfloat16 ulp: `.bfloat16()` must not round it.
@@ -102,5 +103,6 @@ class MoE(nn.Module):
     def update_expert_bias(self) -> None:
         """One balancing step from the counts since the last, which are cleared. Once an optimizer step."""
         if self.config.load_balance_coeff:
-            self.expert_bias_E += bias_delta(self.tokens_per_expert_E, self.config.load_balance_coeff)
+            counts_E = self.dispatcher.sum_over_ranks(self.tokens_per_expert_E)
+            self.expert_bias_E += bias_delta(counts_E, self.config.load_balance_coeff)
         self.tokens_per_expert_E.zero_()

@@ -1,0 +1,126 @@
+"""The exchange between processes: torch.distributed, on gloo or NCCL, with gradients.
+
+An all-to-all is two nodes of the autograd graph, one that starts it and one that waits. What runs between the two
+overlaps with it, and in backward the order turns round: the waiting node starts the gradients' exchange, whatever
+ran in between runs its backward, the starting node waits. (The functional collectives' own autograd waits at once.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moe_lab import contracts, fastpaths
+from moe_lab.config import check_choice
+from moe_lab.layer.exchange import Log
+
+Wait = Callable[[], Tensor]
+
+
+class MeshExchange:
+    """The ranks of a process group. `collectives` says by which of PyTorch's two interfaces: functional or c10d."""
+
+    def __init__(self, group: dist.ProcessGroup, *, collectives: str = "functional") -> None:
+        check_choice("collectives", collectives, ("functional", "c10d"))
+        self.group, self.functional = group, collectives == "functional"
+        self.rank, self.size = group.rank(), group.size()
+        self.log = Log()
+
+    def all_gather(self, counts_P: Tensor) -> _Ready:
+        """(P,) integers of each rank -> (R, P), on the CPU."""
+        if counts_P.device.type != "cpu":
+            fastpaths.note("host_sync", "splits are read from the gathered counts")
+        if self.functional:
+            flat = torch.ops._c10d_functional.all_gather_into_tensor(counts_P, self.size, self.group.group_name)
+            return _Ready(lambda: torch.ops._c10d_functional.wait_tensor(flat).view(self.size, -1).cpu())
+        gathered_RP = counts_P.new_empty(self.size, counts_P.numel())
+        work = dist.all_gather_into_tensor(gathered_RP.view(-1), counts_P, group=self.group, async_op=True)
+        return _Ready(lambda: _done(work, gathered_RP).cpu())
+
+    def all_reduce(self, counts_E: Tensor) -> _Ready:
+        """The sum over ranks."""
+        total_E = counts_E.clone()
+        work = dist.all_reduce(total_E, group=self.group, async_op=True)
+        return _Ready(lambda: _done(work, total_E))
+
+    def all_to_all(self, rows_SD: Tensor, send: list[int] | None, receive: list[int] | None) -> _Flight:
+        """Rows to and from each rank, rank by rank; None for even splits. Gradients go the other way."""
+        self.log.note(rows_SD, send, self.size)
+        return _Flight(self, rows_SD, send, receive)
+
+    def start(self, rows_SD: Tensor, send: list[int] | None, receive: list[int] | None) -> tuple[Tensor, Wait]:
+        """Launch one all-to-all: the buffer that rows are arriving in, and what waits for them."""
+        rows_SD = rows_SD.contiguous()
+        contracts.check_splits(rows_SD.shape[0], send, receive, self.size)
+        num_received = len(rows_SD) if receive is None else sum(receive)
+        if self.functional:
+            even = [len(rows_SD) // self.size] * self.size
+            out_SD = torch.ops._c10d_functional.all_to_all_single(
+                rows_SD, receive or even, send or even, self.group.group_name
+            )
+            return out_SD, lambda: _kept(torch.ops._c10d_functional.wait_tensor(out_SD), rows_SD)
+        out_SD = rows_SD.new_empty(num_received, rows_SD.shape[1])
+        work = dist.all_to_all_single(out_SD, rows_SD, receive, send, group=self.group, async_op=True)
+        return out_SD, lambda: _kept(_done(work, out_SD), rows_SD)
+
+
+def _done(work: Any, result: Tensor) -> Tensor:
+    work.wait()
+    return result
+
+
+def _kept(result: Tensor, sent: Tensor) -> Tensor:
+    """The result; what was sent lives until now because the caller's closure held it."""
+    return result
+
+
+class _Ready:
+    """A pending result of integers: nothing to differentiate."""
+
+    def __init__(self, wait: Callable[[], Tensor]) -> None:
+        self.wait = wait
+
+
+class _Flight:
+    """One all-to-all under way, and in backward the one that brings its gradients back."""
+
+    def __init__(self, exchange: MeshExchange, rows: Tensor, send: list[int] | None, receive: list[int] | None) -> None:
+        self.exchange, self.send, self.receive = exchange, send, receive
+        self.landed: Wait
+        self.returned: Wait
+        self.rows = _Start.apply(rows, self)
+
+    def wait(self) -> Tensor:
+        """Rows that have arrived."""
+        return _Finish.apply(self.rows, self)
+
+
+class _Start(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, flight: _Flight) -> Tensor:
+        ctx.flight = flight
+        out, flight.landed = flight.exchange.start(rows, flight.send, flight.receive)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return ctx.flight.returned(), None
+
+
+class _Finish(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, flight: _Flight) -> Tensor:
+        ctx.flight = flight
+        landed = flight.landed()
+        del flight.landed, flight.rows
+        return landed.view_as(landed)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        flight = ctx.flight
+        out, flight.returned = flight.exchange.start(grad, flight.receive, flight.send)
+        return out, None
