@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 from torch import Tensor
 
@@ -17,6 +17,7 @@ T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
 
 
+@runtime_checkable
 class Pending(Protocol[T_co]):
     """Something under way."""
 
@@ -74,6 +75,7 @@ class Log:
                 watcher.append(entry)
 
 
+@runtime_checkable
 class Exchange(Protocol):
     """A rank's way to the other ranks of its mesh. Calls post; results come from `wait`."""
 
