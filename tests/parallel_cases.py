@@ -48,7 +48,7 @@ def draw(seed: int, eps: tuple[int, ...] = (2,) * 6 + (4,) * 6 + (8,) * 2 + (32,
     """A case over plan kinds, reorderings, score positions, pad multiples, placements; empty ranks among them."""
     rng = random.Random(seed)
     ep = rng.choice(eps)
-    per_rank = rng.choice([1, 2, 3])
+    per_rank = rng.choice([1, 2, 3]) if ep < 32 else 1
     num_experts = ep * per_rank
     top_k = min(num_experts, rng.choice([1, 2, 3, per_rank]))
     forced = rng.random() < 0.3

@@ -1,7 +1,8 @@
 """Experts spread over ranks: real ones (`wire`, `RankPool`) and virtual ones in one process (`VirtualRanks`)."""
 
 from moe_lab.parallel.mesh import MeshExchange
+from moe_lab.parallel.ranks import RankError, RankPool
 from moe_lab.parallel.virtual import VirtualRanks
 from moe_lab.parallel.wire import wire
 
-__all__ = ["MeshExchange", "VirtualRanks", "wire"]
+__all__ = ["MeshExchange", "RankError", "RankPool", "VirtualRanks", "wire"]
