@@ -119,6 +119,7 @@ pool.run(rank_jobs.hang_on, 0)
 
 
 @TIMES
+@pytest.mark.slow
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGINT], ids=["killed", "interrupted"])
 def test_nothing_outlives_its_owner(end, turn):
     path = os.pathsep.join([str(HERE), str(HERE.parent.parent)])
