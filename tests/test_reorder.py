@@ -71,7 +71,7 @@ def test_the_way_is_chosen_by_name_or_by_the_counts():
 @pytest.mark.parametrize("rank", [0, 1])
 def test_equal_count_is_refused_on_every_rank_if_any_has_unequal_segments(rank):
     counts = CountMatrix(counts_RP=torch.tensor([[1, 2], [1, 3]]))
-    with pytest.raises(ValueError, match="reorder='equal_count' needs equal segments on every rank, .* 1 to 3 rows"):
+    with pytest.raises(ValueError, match=r"reorder='equal_count' needs equal segments on every rank, .* 1 to 3 rows"):
         choose_reorder(counts, rank, "equal_count")
 
 

@@ -44,9 +44,7 @@ def test_what_is_sent_is_what_is_received(counts):
                 assert splits.send(s) is splits.receive(s) is None
                 assert splits.size == max(map(max, splits.splits_RR.tolist()))
                 assert splits.padded_rows(s) == sum(splits.size - n for n in by_hand)
-            assert counts.received_by(s).tolist() == [
-                row[s * per_rank : (s + 1) * per_rank] for row in matrix
-            ]
+            assert counts.received_by(s).tolist() == [row[s * per_rank : (s + 1) * per_rank] for row in matrix]
 
 
 @settings(max_examples=40)

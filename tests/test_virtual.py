@@ -1,7 +1,6 @@
 import pytest
 import torch
 
-
 from moe_lab import MoE, fastpaths
 from moe_lab.layer.placement import Placement
 from moe_lab.layer.splits import EqualSplits
@@ -54,7 +53,9 @@ def test_the_random_layers_take_every_path():
     assert names <= record.entries.keys()
 
 
-@pytest.mark.parametrize("options", [{"equal_split": "force"}, {"pad_multiple": 8}, {"equal_split": "force", "pad_multiple": 8}])
+@pytest.mark.parametrize(
+    "options", [{"equal_split": "force"}, {"pad_multiple": 8}, {"equal_split": "force", "pad_multiple": 8}]
+)
 def test_garbage_in_padding_never_leaks(layer_config, options, monkeypatch):
     """Padding is filled with NaN wherever it was written as zeros: nothing that is read may depend on it."""
     from moe_lab.layer.padding import RowPadding

@@ -45,9 +45,7 @@ class AllToAllTokenDispatcher(LocalTokenDispatcher):
         placement: Placement | None = None,
         tokens_per_rank: int | None = None,
     ) -> None:
-        super().__init__(
-            config.num_experts, combine=config.combine, score_before_experts=config.score_before_experts
-        )
+        super().__init__(config.num_experts, combine=config.combine, score_before_experts=config.score_before_experts)
         self.config = config
         self.exchange = exchange
         self.placement = placement or Placement.blockwise(config.num_experts, exchange.size)

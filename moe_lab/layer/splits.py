@@ -97,11 +97,11 @@ class EqualSplits:
 
     def send(self, rank: int) -> None:
         """None, as `torch.distributed` says even splits."""
-        return None
+        return
 
     def receive(self, rank: int) -> None:
         """None, as `torch.distributed` says even splits."""
-        return None
+        return
 
     def padded_rows(self, rank: int) -> int:
         """Zero rows that a rank sends."""

@@ -38,7 +38,7 @@ class MeshExchange:
             flat = torch.ops._c10d_functional.all_gather_into_tensor(counts_P, self.size, self.group.group_name)
             return _Ready(lambda: torch.ops._c10d_functional.wait_tensor(flat).view(self.size, -1).cpu())
         gathered_RP = counts_P.new_empty(self.size, counts_P.numel())
-        work = dist.all_gather_into_tensor(gathered_RP.view(-1), counts_P, group=self.group, async_op=True)
+        work = dist.all_gather(list(gathered_RP.unbind()), counts_P, group=self.group, async_op=True)
         return _Ready(lambda: _done(work, gathered_RP).cpu())
 
     def all_reduce(self, counts_E: Tensor) -> _Ready:

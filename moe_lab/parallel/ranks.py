@@ -22,6 +22,7 @@ import traceback
 import weakref
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -79,7 +80,7 @@ def _rank_main(
                 message = pipe.recv_bytes()
             except (EOFError, OSError):
                 return
-            _answer(pipe, lambda message=message: _call(message))
+            _answer(pipe, partial(_call, message))
 
 
 def _call(message: bytes) -> Any:

@@ -147,7 +147,7 @@ class VirtualRanks:
             BACKENDS[moe.experts.backend](rows_RD, *weights, plan.ends_E)
             for rows_RD, plan, weights in zip(rows, self.plans, self._local_weights(xs[0].dtype))
         ]
-        outs = self.combine(rows, self.routings, None if moe.shared_experts is None else xs)
+        outs = self.combine(rows, self.routings, xs)
         if moe.training:
             for plan in self.plans:
                 moe.tokens_per_expert_E += plan.counts_E
@@ -165,8 +165,9 @@ class VirtualRanks:
     def combine(
         self, rows: Sequence[Tensor], routings: Sequence[Routing], xs: Sequence[Tensor] | None = None
     ) -> list[Tensor]:
-        """Expert outputs back to their tokens; with `xs`, the shared experts of those inputs added."""
-        shared = [None if xs is None else partial(self.moe.shared_experts, xs[rank]) for rank in range(self.ep)]
+        """Expert outputs back to their tokens; with `xs`, the shared experts of those inputs, if any, added."""
+        experts = self.moe.shared_experts
+        shared = [None if xs is None or experts is None else partial(experts, xs[rank]) for rank in range(self.ep)]
         programs = zip(self.dispatchers, rows, routings, self.plans, shared)
         outs = lock_step([d.combining(rows_RD, r, plan, s) for d, rows_RD, r, plan, s in programs])
         self.mesh.reset()
@@ -176,10 +177,14 @@ class VirtualRanks:
         if len(xs) != self.ep:
             raise ValueError(f"{len(xs)} inputs for ep={self.ep} ranks: one a rank")
 
-    def _local_weights(self, dtype: torch.dtype) -> list[tuple[Tensor, ...]]:
+    def _local_weights(self, dtype: torch.dtype) -> list[tuple[Tensor, Tensor, Tensor]]:
         """(w1, w2, w3) of each rank's slots."""
         experts, slots = self.moe.experts, torch.tensor(self.placement.expert_of_slot)
-        weights = (experts.w1_EFD, experts.w2_EDF, experts.w3_EFD)
-        if not self.placement.is_identity:
-            weights = tuple(w.index_select(0, slots.to(w.device)) for w in weights)
-        return list(zip(*(w.to(dtype).chunk(self.ep) for w in weights)))
+
+        def chunks(weight: Tensor) -> tuple[Tensor, ...]:
+            weight = weight.to(dtype)
+            if not self.placement.is_identity:
+                weight = weight.index_select(0, slots.to(weight.device))
+            return weight.chunk(self.ep)
+
+        return list(zip(chunks(experts.w1_EFD), chunks(experts.w2_EDF), chunks(experts.w3_EFD)))

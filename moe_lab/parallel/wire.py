@@ -74,7 +74,7 @@ def _flat(config: Any, prefix: str = "") -> dict[str, Any]:
 def local_experts(experts: GroupedExperts, placement: Placement, rank: int) -> GroupedExperts:
     """A copy of the weights in one rank's slots, as leaves of their own."""
     slots = torch.tensor(placement.experts_of(rank), device=experts.w1_EFD.device)
-    num_experts, hidden_dim, dim = experts.w1_EFD.shape
+    _, hidden_dim, dim = experts.w1_EFD.shape
     with torch.device("meta"):
         local = GroupedExperts(dim, hidden_dim, len(slots), backend=experts.backend)
     for name, weight in experts.named_parameters():

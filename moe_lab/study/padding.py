@@ -146,7 +146,9 @@ def _capacity(counts: CountMatrix, factor: float) -> Overhead:
     kept_RR = kept_RP.unflatten(1, (ep, -1)).sum(dim=2)
     zeros_R = empty_RR.sum(dim=0)
     dropped_R = (counts.counts_RP - kept_RP).sum(dim=1)
-    return _overhead("capacity", kept_RR.sum(dim=0), kept_RR.sum(dim=1), empty_RR.sum(dim=1) + zeros_R, zeros_R, dropped_R)
+    return _overhead(
+        "capacity", kept_RR.sum(dim=0), kept_RR.sum(dim=1), empty_RR.sum(dim=1) + zeros_R, zeros_R, dropped_R
+    )
 
 
 def _forced_like(counts: CountMatrix) -> CountMatrix:
@@ -281,9 +283,7 @@ class ForcedView(NamedTuple):
 
 def forced_view(expert_ids: Sequence[Tensor], placement: Placement) -> ForcedView:
     """What an instrument that forces balance does not see."""
-    forced = [
-        (torch.arange(ids_TK.numel()) % placement.num_experts).view_as(ids_TK) for ids_TK in expert_ids
-    ]
+    forced = [(torch.arange(ids_TK.numel()) % placement.num_experts).view_as(ids_TK) for ids_TK in expert_ids]
     real_counts, forced_matrix = count_matrix(expert_ids, placement), count_matrix(forced, placement)
     tokens = sum(len(ids_TK) for ids_TK in expert_ids)
 

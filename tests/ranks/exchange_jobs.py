@@ -2,10 +2,10 @@
 
 import functools
 
-import parallel_cases
 import torch
 import torch.distributed as dist
 
+import parallel_cases
 from moe_lab import MoE, MoEConfig
 from moe_lab.parallel import wire
 

@@ -94,7 +94,8 @@ def test_counted_bytes_are_those_of_the_plans(pool):
     [
         (
             {3: {"equal_split": "force"}},
-            "equal_split differs across the mesh: 'off' on ranks [0, 1, 2], 'force' on ranks [3] (differing: equal_split)",
+            "equal_split differs across the mesh: 'off' on ranks [0, 1, 2], 'force' on ranks [3] (differing: "
+            "equal_split)",
         ),
         (
             {0: {"top_k": 3, "dim": 16}},

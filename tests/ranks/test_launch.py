@@ -23,7 +23,12 @@ def start(command, **environ):
     for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         environ.pop(name, None)
     return subprocess.Popen(
-        [sys.executable, "-m", *command], cwd=ROOT, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", *command],
+        cwd=ROOT,
+        env=environ,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
 
 
@@ -79,7 +84,7 @@ def test_slurm_s_variables_are_translated():
 
 @pytest.mark.parametrize("rendezvous", [None, "node7", ":29500"])
 def test_slurm_needs_an_address(rendezvous):
-    with pytest.raises(ValueError, match="rendezvous=.* must be host:port of rank 0 under srun"):
+    with pytest.raises(ValueError, match=r"rendezvous=.* must be host:port of rank 0 under srun"):
         rank_environment({"SLURM_PROCID": "0"}, rendezvous)
 
 

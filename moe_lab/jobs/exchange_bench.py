@@ -1,0 +1,127 @@
+"""Dispatch and combine over real ranks, timed beside torchtitan's on the same inputs, in paired rounds.
+
+    python -m moe_lab.jobs.exchange_bench --tokens 1024 4096 --dim 256 1024
+
+A round times one after the other, in turns which is first; its time is that of the slowest rank. Experts are left
+out: rows come back as they went. Needs torchtitan (the `peers` extra).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moe_lab.config import MoEConfig, RouterConfig
+from moe_lab.layer.all_to_all import AllToAllTokenDispatcher
+from moe_lab.layer.router import Routing, route
+from moe_lab.parallel.mesh import MeshExchange
+from moe_lab.parallel.ranks import RankPool
+
+Step = Callable[[Tensor, Routing], Tensor]
+
+
+class PairedTimes(NamedTuple):
+    """Milliseconds of the slowest rank, medians over rounds, and their ratio with its 95 % bootstrap interval."""
+
+    tokens: int
+    dim: int
+    ours_ms: float
+    theirs_ms: float
+    ratio: float
+    low: float
+    high: float
+
+
+def ours(config: MoEConfig, collectives: str = "c10d") -> Step:
+    """Our dispatch and combine over all ranks."""
+    assert dist.group.WORLD is not None
+    dispatcher = AllToAllTokenDispatcher(config, MeshExchange(dist.group.WORLD, collectives=collectives))
+
+    def step(x_TD: Tensor, routing: Routing) -> Tensor:
+        rows_RD, plan = dispatcher.dispatch(x_TD, routing)
+        return dispatcher.combine(rows_RD, routing, plan)
+
+    return step
+
+
+def torchtitans(config: MoEConfig) -> Step:
+    """Torchtitan's dispatch and combine over all ranks, by functional collectives.
+
+    Its default, spmd_types, exchanges lists of tensors, which gloo takes only in equal sizes.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torchtitan.distributed.utils import set_spmd_backend
+    from torchtitan.models.common.token_dispatcher import AllToAllTokenDispatcher as Peer
+
+    peer = Peer(Peer.Config(num_experts=config.num_experts, top_k=config.top_k))
+    set_spmd_backend("full_dtensor")
+    peer.wire_meshes(ep_mesh=init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("ep",)))
+
+    def step(x_TD: Tensor, routing: Routing) -> Tensor:
+        rows_RD, _, metadata = peer.dispatch(x_TD, routing.gates_TK, routing.expert_ids_TK, routing.counts_E)
+        return peer.combine(rows_RD, metadata, x_TD)
+
+    return step
+
+
+def rounds(tokens: int, dim: int, num_experts: int, top_k: int, num_rounds: int, warmup: int = 5) -> dict[str, Any]:
+    """Rank function: seconds of every round, ours and theirs, and the largest difference of their results."""
+    config = MoEConfig(dim=dim, hidden_dim=1, num_experts=num_experts, top_k=top_k)
+    steps = {"ours": ours(config), "theirs": torchtitans(config)}
+    torch.manual_seed(dist.get_rank())
+    x_TD = torch.randn(tokens, dim)
+    routing = route(torch.randn(tokens, num_experts), RouterConfig(), top_k)
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    results = {}
+    with torch.no_grad():
+        for turn in range(warmup + num_rounds):
+            for name in list(steps)[:: 1 if turn % 2 else -1]:
+                dist.barrier()
+                start = time.perf_counter()
+                results[name] = steps[name](x_TD, routing)
+                float(results[name][0, 0])  # a functional collective's result is awaited when first read
+                if turn >= warmup:
+                    seconds[name].append(time.perf_counter() - start)
+    return {**seconds, "difference": float((results["ours"] - results["theirs"]).abs().max())}
+
+
+def paired(by_rank: list[dict[str, Any]], tokens: int, dim: int, *, resamples: int = 2000) -> PairedTimes:
+    """The slowest rank of each round, and the ratio of medians over resampled rounds (percentile bootstrap)."""
+    ours_n, theirs_n = (np.max([rank[name] for rank in by_rank], axis=0) for name in ("ours", "theirs"))
+    picked = np.random.default_rng(0).integers(0, len(ours_n), size=(resamples, len(ours_n)))
+    ratios = np.median(ours_n[picked], axis=1) / np.median(theirs_n[picked], axis=1)
+    low, high = np.quantile(ratios, [0.025, 0.975])
+    ours_ms, theirs_ms = 1e3 * np.median(ours_n), 1e3 * np.median(theirs_n)
+    return PairedTimes(
+        tokens, dim, float(ours_ms), float(theirs_ms), float(ours_ms / theirs_ms), float(low), float(high)
+    )
+
+
+def main() -> None:
+    """Time every shape and print one JSON line each."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--ranks", type=int, default=4)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 4096])
+    parser.add_argument("--dim", type=int, nargs="+", default=[256, 1024])
+    parser.add_argument("--experts", type=int, default=36)
+    parser.add_argument("--top-k", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=40)
+    args = parser.parse_args()
+    with RankPool(args.ranks, backend="gloo", timeout=900.0) as pool:
+        for tokens in args.tokens:
+            for dim in args.dim:
+                by_rank = pool.run(rounds, tokens, dim, args.experts, args.top_k, args.rounds)
+                assert max(rank["difference"] for rank in by_rank) < 1e-4, "the two disagree"
+                print(json.dumps(paired(by_rank, tokens, dim)._asdict()), flush=True)
+
+
+if __name__ == "__main__":
+    main()
