@@ -112,3 +112,11 @@ def test_the_environment_records_the_whole_process():
     ]
     assert "ValueError: MOE_LAB_FASTPATHS='yes' is not known: choose 0, 1, rank0 or all" in done.stderr
     assert done.returncode == 1
+
+
+def test_values_are_summed_up():
+    with fastpaths.record() as record:
+        for rows in (5, 2, 9):
+            fastpaths.note("padded_rows", "dispatch", rows)
+    entry = record.entries["padded_rows"]
+    assert (entry.count, entry.total, entry.low, entry.high) == (3, 16, 2, 9)
