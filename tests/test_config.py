@@ -74,7 +74,10 @@ def test_a_router_names_what_is_wrong(fields, message):
         ({"mlp_bias": 1}, "mlp_bias=1 must be True or False"),
         ({"activation": "gelu"}, "activation='gelu' is not known: choose one of 'swiglu', 'clamped_swiglu'"),
         ({"shared_expert_gate": True}, "shared_expert_gate=True gates nothing: num_shared_experts=0"),
-        ({"reorder": "sort"}, "reorder='sort' is not known: choose one of 'auto', 'index', 'equal_count', 'segment_cat'"),
+        (
+            {"reorder": "sort"},
+            "reorder='sort' is not known: choose one of 'auto', 'index', 'equal_count', 'segment_cat'",
+        ),
         ({"equal_split": True}, "equal_split=True is not known: choose one of 'off', 'adaptive', 'force'"),
         ({"equal_split_threshold": math.nan}, "equal_split_threshold=nan must be a finite number >= 0"),
         ({"equal_split_threshold": -0.1}, "equal_split_threshold=-0.1 must be a finite number >= 0"),

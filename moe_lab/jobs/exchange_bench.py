@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -24,20 +23,19 @@ from moe_lab.layer.all_to_all import AllToAllTokenDispatcher
 from moe_lab.layer.router import Routing, route
 from moe_lab.parallel.mesh import MeshExchange
 from moe_lab.parallel.ranks import RankPool
+from moe_lab.study.timing import Timing, ratio, summarise
 
 Step = Callable[[Tensor, Routing], Tensor]
 
 
 class PairedTimes(NamedTuple):
-    """Milliseconds of the slowest rank, medians over rounds, and their ratio with its 95 % bootstrap interval."""
+    """Milliseconds of the slowest rank, and the ratio within rounds, each the median with its bootstrap interval."""
 
     tokens: int
     dim: int
-    ours_ms: float
-    theirs_ms: float
-    ratio: float
-    low: float
-    high: float
+    ours: Timing
+    theirs: Timing
+    ratio: Timing
 
 
 def ours(config: MoEConfig, collectives: str = "c10d") -> Step:
@@ -93,16 +91,10 @@ def rounds(tokens: int, dim: int, num_experts: int, top_k: int, num_rounds: int,
     return {**seconds, "difference": float((results["ours"] - results["theirs"]).abs().max())}
 
 
-def paired(by_rank: list[dict[str, Any]], tokens: int, dim: int, *, resamples: int = 2000) -> PairedTimes:
-    """The slowest rank of each round, and the ratio of medians over resampled rounds (percentile bootstrap)."""
-    ours_n, theirs_n = (np.max([rank[name] for rank in by_rank], axis=0) for name in ("ours", "theirs"))
-    picked = np.random.default_rng(0).integers(0, len(ours_n), size=(resamples, len(ours_n)))
-    ratios = np.median(ours_n[picked], axis=1) / np.median(theirs_n[picked], axis=1)
-    low, high = np.quantile(ratios, [0.025, 0.975])
-    ours_ms, theirs_ms = 1e3 * np.median(ours_n), 1e3 * np.median(theirs_n)
-    return PairedTimes(
-        tokens, dim, float(ours_ms), float(theirs_ms), float(ours_ms / theirs_ms), float(low), float(high)
-    )
+def paired(by_rank: list[dict[str, Any]], tokens: int, dim: int) -> PairedTimes:
+    """From the seconds of every rank's rounds; a round is as slow as its slowest rank."""
+    ours_n, theirs_n = ([1e3 * max(n) for n in zip(*(rank[name] for rank in by_rank))] for name in ("ours", "theirs"))
+    return PairedTimes(tokens, dim, summarise(ours_n), summarise(theirs_n), ratio(ours_n, theirs_n))
 
 
 def main() -> None:
@@ -120,7 +112,7 @@ def main() -> None:
             for dim in args.dim:
                 by_rank = pool.run(rounds, tokens, dim, args.experts, args.top_k, args.rounds)
                 assert max(rank["difference"] for rank in by_rank) < 1e-4, "the two disagree"
-                print(json.dumps(paired(by_rank, tokens, dim)._asdict()), flush=True)
+                print(json.dumps(paired(by_rank, tokens, dim)), flush=True)
 
 
 if __name__ == "__main__":

@@ -45,7 +45,12 @@ class AllToAllTokenDispatcher(LocalTokenDispatcher):
         placement: Placement | None = None,
         tokens_per_rank: int | None = None,
     ) -> None:
-        super().__init__(config.num_experts, combine=config.combine, score_before_experts=config.score_before_experts)
+        super().__init__(
+            config.num_experts,
+            combine=config.combine,
+            score_before_experts=config.score_before_experts,
+            dropless=config.capacity_factor is None,
+        )
         self.config = config
         self.exchange = exchange
         self.placement = placement or Placement.blockwise(config.num_experts, exchange.size)
@@ -56,7 +61,8 @@ class AllToAllTokenDispatcher(LocalTokenDispatcher):
                 f"num_experts={config.num_experts} on ep={exchange.size}"
             )
         forced = config.router.force_load_balance == "round_robin"
-        self.analytic = forced and tokens_per_rank is not None and not self.placement.has_replicas
+        fixed = tokens_per_rank is not None and not self.placement.has_replicas and self.dropless
+        self.analytic = forced and fixed
         self.direct = direct_reason(config, self.placement) if self.analytic else None
 
     @property
@@ -75,10 +81,12 @@ class AllToAllTokenDispatcher(LocalTokenDispatcher):
         rows_RD: Float[Tensor, "R D"],
         routing: Routing,
         plan: ExchangePlan,
-        beside: Callable[[], Tensor] | None = None,
+        *,
+        shared: Callable[[], Tensor] | None = None,
+        x_TD: Float[Tensor, "T D"] | None = None,
     ) -> Float[Tensor, "T D"]:
-        """Expert outputs sent home and summed into their tokens. `beside` runs while they travel and is added."""
-        return finish(self.combining(rows_RD, routing, plan, beside))
+        """Expert outputs sent home and summed into their tokens. `shared` runs while they travel and is added."""
+        return finish(self.combining(rows_RD, routing, plan, shared, x_TD))
 
     def dispatching(self, x_TD: Tensor, routing: Routing) -> Program[tuple[Tensor, ExchangePlan]]:
         """`dispatch` as a program."""
@@ -88,17 +96,21 @@ class AllToAllTokenDispatcher(LocalTokenDispatcher):
         return self.unpack(received_SD, plan), plan
 
     def combining(
-        self, rows_RD: Tensor, routing: Routing, plan: ExchangePlan, beside: Callable[[], Tensor] | None = None
+        self,
+        rows_RD: Tensor,
+        routing: Routing,
+        plan: ExchangePlan,
+        shared: Callable[[], Tensor] | None = None,
+        x_TD: Tensor | None = None,
     ) -> Program[Tensor]:
         """`combine` as a program."""
         sent_SD = self.repack(rows_RD, plan)
         returning = self.exchange.all_to_all(sent_SD, plan.receive_splits, plan.send_splits)
-        beside_TD = beside() if beside is not None else None
+        shared_TD = shared() if shared is not None else None
         returned_SD = yield returning
         if plan.send_padding is not None:
             returned_SD = plan.send_padding.strip(returned_SD)
-        out_TD = self.weigh(returned_SD, routing, plan.local)
-        return out_TD if beside_TD is None else out_TD + beside_TD
+        return self.weigh(returned_SD, routing, plan.local, shared_TD, x_TD)
 
     def planning(self, routing: Routing) -> Program[ExchangePlan]:
         """The plan as a program: it waits for counts, unless they are known."""
@@ -109,7 +121,7 @@ class AllToAllTokenDispatcher(LocalTokenDispatcher):
             local = forced_order(num_tokens, top_k, self.num_experts, routing.expert_ids_TK.device)
         else:
             slot_ids_TK = self.placement.slot_ids(routing.expert_ids_TK)
-            local = plan_local(slot_ids_TK, self.placement.num_slots, dropless=routing.num_dropped == 0)
+            local = plan_local(slot_ids_TK, self.placement.num_slots, dropless=self.dropless)
         if self.analytic:
             counts = forced_matrix(num_tokens, self.config, self.placement)
             fastpaths.note("force_load_balance_dispatch", counts.reason)

@@ -12,15 +12,17 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.func import functional_call
 
 from moe_lab.config import check_int
 from moe_lab.layer.all_to_all import AllToAllTokenDispatcher
+from moe_lab.layer.capacity import drop_over_capacity
 from moe_lab.layer.exchange import Log, Program
 from moe_lab.layer.exchange_plan import ExchangePlan
-from moe_lab.layer.experts import BACKENDS
 from moe_lab.layer.moe import MoE
 from moe_lab.layer.placement import Placement
 from moe_lab.layer.router import Routing
+from moe_lab.parallel.wire import without_weights
 
 T = TypeVar("T")
 
@@ -130,6 +132,7 @@ class VirtualRanks:
             for exchange in self.mesh.exchanges
         ]
         self.placement = self.dispatchers[0].placement
+        self.local_experts = without_weights(moe.experts, self.placement.slots_per_rank)
         self.routings: list[Routing] = []
         self.plans: list[ExchangePlan] = []
 
@@ -141,17 +144,17 @@ class VirtualRanks:
         """
         self._check(xs)
         moe = self.moe
-        self.routings = [moe.router(x_TD, moe.expert_bias_E) for x_TD in xs]
-        rows = self.dispatch(xs, self.routings)
-        rows = [
-            BACKENDS[moe.experts.backend](rows_RD, *weights, plan.ends_E)
-            for rows_RD, plan, weights in zip(rows, self.plans, self._local_weights(xs[0].dtype))
-        ]
-        outs = self.combine(rows, self.routings, xs)
+        routings = [moe.router(x_TD, moe.expert_bias_E) for x_TD in xs]
         if moe.training:
-            for plan in self.plans:
-                moe.tokens_per_expert_E += plan.counts_E
-        return outs
+            moe.tokens_per_expert_E += sum(routing.counts_E for routing in routings)
+        if moe.config.capacity_factor is not None:
+            routings = [drop_over_capacity(r, moe.config.capacity_factor, moe.config.drop_policy) for r in routings]
+        self.routings = routings
+        rows = [
+            functional_call(self.local_experts, weights, (rows_RD, plan.ends_E))
+            for rows_RD, plan, weights in zip(self.dispatch(xs, routings), self.plans, self._local_weights())
+        ]
+        return self.combine(rows, routings, xs)
 
     def dispatch(self, xs: Sequence[Tensor], routings: Sequence[Routing]) -> list[Tensor]:
         """The rows of each rank's experts. Plans are kept in `plans`."""
@@ -165,7 +168,7 @@ class VirtualRanks:
     def combine(
         self, rows: Sequence[Tensor], routings: Sequence[Routing], xs: Sequence[Tensor] | None = None
     ) -> list[Tensor]:
-        """Expert outputs back to their tokens; with `xs`, the shared experts of those inputs, if any, added."""
+        """Expert outputs back to their tokens; with `xs`, the shared experts of those inputs, if any, are added."""
         experts = self.moe.shared_experts
         shared = [None if xs is None or experts is None else partial(experts, xs[rank]) for rank in range(self.ep)]
         programs = zip(self.dispatchers, rows, routings, self.plans, shared)
@@ -177,14 +180,12 @@ class VirtualRanks:
         if len(xs) != self.ep:
             raise ValueError(f"{len(xs)} inputs for ep={self.ep} ranks: one a rank")
 
-    def _local_weights(self, dtype: torch.dtype) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """(w1, w2, w3) of each rank's slots."""
-        experts, slots = self.moe.experts, torch.tensor(self.placement.expert_of_slot)
-
-        def chunks(weight: Tensor) -> tuple[Tensor, ...]:
-            weight = weight.to(dtype)
-            if not self.placement.is_identity:
-                weight = weight.index_select(0, slots.to(weight.device))
-            return weight.chunk(self.ep)
-
-        return list(zip(chunks(experts.w1_EFD), chunks(experts.w2_EDF), chunks(experts.w3_EFD)))
+    def _local_weights(self) -> list[dict[str, Tensor]]:
+        """The weights in each rank's slots, by name."""
+        local: list[dict[str, Tensor]] = [{} for _ in range(self.ep)]
+        for name, weight in self.moe.experts.named_parameters():
+            slots = torch.tensor(self.placement.expert_of_slot, device=weight.device)
+            placed = weight if self.placement.is_identity else weight.index_select(0, slots)
+            for weights, chunk in zip(local, placed.chunk(self.ep)):
+                weights[name] = chunk
+        return local

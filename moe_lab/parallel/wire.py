@@ -26,7 +26,7 @@ def wire(
 ) -> MoE:
     """Spread the experts of `moe` over a one-dimensional mesh, in place; every rank of it calls this.
 
-    Each rank keeps the weights of its own slots and dispatches to the others. None, or a mesh of one rank, leaves
+    Each rank keeps the weights of its own slots, as new parameters: wire before an optimizer is made. None, or a mesh of one rank, leaves
     the layer local. Gradients are those of this rank's loss: router and shared experts want summing over ranks,
     and so do the replicas of an expert.
 
@@ -71,12 +71,24 @@ def _flat(config: Any, prefix: str = "") -> dict[str, Any]:
     return fields
 
 
+def without_weights(experts: GroupedExperts, num_experts: int) -> GroupedExperts:
+    """The like of `experts` for another number of them, its weights on the meta device."""
+    _, hidden_dim, dim = experts.w1_EFD.shape
+    with torch.device("meta"):
+        return GroupedExperts(
+            dim,
+            hidden_dim,
+            num_experts,
+            backend=experts.backend,
+            activation=experts.activation,
+            mlp_bias=experts.b1_EF is not None,
+        )
+
+
 def local_experts(experts: GroupedExperts, placement: Placement, rank: int) -> GroupedExperts:
     """A copy of the weights in one rank's slots, as leaves of their own."""
     slots = torch.tensor(placement.experts_of(rank), device=experts.w1_EFD.device)
-    _, hidden_dim, dim = experts.w1_EFD.shape
-    with torch.device("meta"):
-        local = GroupedExperts(dim, hidden_dim, len(slots), backend=experts.backend)
+    local = without_weights(experts, len(slots))
     for name, weight in experts.named_parameters():
         rows = weight.detach().index_select(0, slots)
         setattr(local, name, torch.nn.Parameter(rows, requires_grad=weight.requires_grad))
