@@ -1,6 +1,6 @@
 import pytest
 
-from moe_lab.jobs.exchange_bench import paired, rounds
+from moe_lab.jobs.exchange_bench import describe, paired, rounds
 from moe_lab.parallel import RankPool
 
 
@@ -14,6 +14,7 @@ def test_a_round_is_as_slow_as_its_slowest_rank():
     assert found.ours.median == pytest.approx(3.0)
     assert found.theirs.median == pytest.approx(4.0)
     assert found.ratio.median == pytest.approx(0.75)
+    assert describe(found).startswith("T    16  D    8  ours 3.0 [2.0, 4.0]  torchtitan 4.0 [4.0, 4.0]  ratio 0.750 [")
     assert found.ratio.low <= 0.75 <= found.ratio.high
 
 

@@ -9,7 +9,6 @@ out: rows come back as they went. Needs torchtitan (the `peers` extra).
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -97,8 +96,16 @@ def paired(by_rank: list[dict[str, Any]], tokens: int, dim: int) -> PairedTimes:
     return PairedTimes(tokens, dim, summarise(ours_n), summarise(theirs_n), ratio(ours_n, theirs_n))
 
 
+def describe(times: PairedTimes) -> str:
+    """One line: medians in ms and the ratio, each with its 95 % interval."""
+    cells = [f"T {times.tokens:>5}  D {times.dim:>4}"]
+    for name, of, digits in (("ours", times.ours, 1), ("torchtitan", times.theirs, 1), ("ratio", times.ratio, 3)):
+        cells.append(f"{name} {of.median:.{digits}f} [{of.low:.{digits}f}, {of.high:.{digits}f}]")
+    return "  ".join(cells)
+
+
 def main() -> None:
-    """Time every shape and print one JSON line each."""
+    """Time every shape and print one line each."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--ranks", type=int, default=4)
     parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 4096])
@@ -112,7 +119,7 @@ def main() -> None:
             for dim in args.dim:
                 by_rank = pool.run(rounds, tokens, dim, args.experts, args.top_k, args.rounds)
                 assert max(rank["difference"] for rank in by_rank) < 1e-4, "the two disagree"
-                print(json.dumps(paired(by_rank, tokens, dim)), flush=True)
+                print(describe(paired(by_rank, tokens, dim)), flush=True)
 
 
 if __name__ == "__main__":
