@@ -35,6 +35,9 @@ class Case:
         torch.manual_seed(self.seed)
         moe = MoE(self.config).to(dtype)
         moe.expert_bias_E.copy_(torch.randn(self.config.num_experts))
+        for name, parameter in moe.experts.named_parameters():
+            if name.startswith("b"):
+                torch.nn.init.normal_(parameter)  # a zero row then has an output, which must not leak
         return moe
 
     def inputs(self, dtype=torch.float64) -> list[tuple[Tensor, Tensor]]:
@@ -73,6 +76,9 @@ def draw(seed: int, eps: tuple[int, ...] = (2,) * 6 + (4,) * 6 + (8,) * 2 + (32,
         ),
         score_before_experts=rng.random() < 0.5,
         combine=rng.choice(["gather", "scatter_add"]),
+        mlp_bias=(mlp_bias := rng.random() < 0.3),
+        activation="clamped_swiglu" if mlp_bias else "swiglu",
+        capacity_factor=rng.choice([None, None, None, 1.0]),
         reorder=rng.choice(["auto", "index", "segment_cat", *(["equal_count"] * 4 if transposed else [])]),
         equal_split=rng.choice(["off", "adaptive", "force"]),
         equal_split_threshold=rng.choice([0.0, 0.1, 50.0]),

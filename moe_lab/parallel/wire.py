@@ -26,9 +26,9 @@ def wire(
 ) -> MoE:
     """Spread the experts of `moe` over a one-dimensional mesh, in place; every rank of it calls this.
 
-    Each rank keeps the weights of its own slots, as new parameters: wire before an optimizer is made. None, or a mesh of one rank, leaves
-    the layer local. Gradients are those of this rank's loss: router and shared experts want summing over ranks,
-    and so do the replicas of an expert.
+    Each rank keeps the weights of its own slots, as new parameters: wire before an optimizer is made. None, or a
+    mesh of one rank, leaves the layer local. Gradients are those of this rank's loss: router and shared experts
+    want summing over ranks, and so do the replicas of an expert.
 
     Raises the same `ValueError` on every rank when settings differ between ranks, naming the first field that
     does, or when experts cannot be spread.
