@@ -29,3 +29,11 @@ def test_every_folder_in_the_table_is_there():
     folders = re.findall(r"^\| `([^`]+/)`", README, re.MULTILINE)
     assert len(folders) > 5
     assert [folder for folder in folders if not (root / folder).is_dir()] == []
+
+
+def test_every_picture_is_there():
+    root = Path(__file__).parent.parent
+    for page in (root / "README.md", root / "data" / "README.md"):
+        pictures = re.findall(r"!\[[^]]+\]\(([^)]+)\)", page.read_text())
+        assert pictures
+        assert [picture for picture in pictures if not (page.parent / picture).is_file()] == []
