@@ -109,6 +109,8 @@ def test_threads_take_turns(pool):
 
 
 OWNER = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # shells start background jobs with it ignored
 import rank_jobs
 from moe_lab.parallel.ranks import RankPool
 pool = RankPool(2, backend="gloo")
