@@ -132,6 +132,10 @@ class _Ranks:
             self.lives.append(held)
             self.processes.append(process)
 
+    def idle(self) -> bool:
+        """Whether every rank waits for work. A dead one's pipe is at its end before its exit is known."""
+        return all(process.is_alive() for process in self.processes) and not any(pipe.poll() for pipe in self.pipes)
+
     def kill(self) -> None:
         """End every rank, now. Safe to call twice, and from another thread."""
         for process in self.processes:
@@ -181,7 +185,7 @@ class RankPool:
     def start(self) -> None:
         """Start the ranks now, unless they are running. `RankError` if they cannot."""
         with self._lock:
-            if self._ranks is not None and all(process.is_alive() for process in self._ranks.processes):
+            if self._ranks is not None and self._ranks.idle():
                 return
             self.close()
             self._ranks = _Ranks(self.size, self.backend, self.timeout, self.threads)
