@@ -1,8 +1,11 @@
 """The fused layer against a loop in float64: natively on a GPU, in the interpreter without one."""
 
+import gc
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from moe_lab import fastpaths
 from moe_lab.config import MoEConfig
@@ -49,16 +52,19 @@ def loop(ids_TK):
 
 
 @pytest.mark.parametrize(
-    "shape",
+    ("shape", "anchored"),
     [
-        (9, 2, 4, 72, 40),
-        pytest.param((3, 1, 2, 136, 264), marks=pytest.mark.slow),
-        (0, 1, 3, 64, 64),
-        (3, 5, 6, 16, 24),
+        ((9, 2, 4, 72, 40), 10**9),
+        ((9, 2, 4, 72, 40), 40),
+        pytest.param((3, 1, 2, 136, 264), 10**9, marks=pytest.mark.slow),
+        ((0, 1, 3, 64, 64), 10**9),
+        ((0, 1, 3, 64, 64), 64),
+        ((3, 5, 6, 16, 24), 10**9),
     ],
     ids=str,
 )
-def test_forward_and_gradients_are_as_exact_as_the_dtype_allows(shape):
+def test_forward_and_gradients_are_as_exact_as_the_dtype_allows(shape, anchored, monkeypatch):
+    monkeypatch.setattr(fused, "ANCHORED", anchored)
     tensors, ids_TK, grad = leaves(*shape)
     rows = TileRows(*(part.to(DEVICE) for part in tile_rows_op(ids_TK, shape[2])))
 
@@ -95,16 +101,38 @@ def test_dropped_assignments_and_unused_experts_get_nothing():
 OPCHECKS = ("test_schema", "test_autograd_registration", "test_faketensor")
 
 
-@pytest.mark.parametrize("op", ["fused_up", "fused_down"])
+def test_the_gradient_of_the_up_product_is_gone_when_that_of_w1_is_made(monkeypatch):
+    monkeypatch.setattr(fused, "ANCHORED", 8)
+    (x, gates, w1, w2, w3), ids_TK, grad = leaves(2, 1, 2, 8, 8)
+    tensors = [t.to(DEVICE).requires_grad_() for t in (x, gates, w1, w2, w3)]
+    storages, freed, real = [], [], fused.fused_weight_grads
+
+    def watched(x_TD, grads_PF, *rows):
+        gc.collect()  # the interpreter's launches leave cycles behind
+        storages.extend(StorageWeakRef(g.untyped_storage()) for g in grads_PF)
+        freed.append(storages[0].expired())
+        return real(x_TD, grads_PF, *rows)
+
+    monkeypatch.setattr(fused, "fused_weight_grads", watched)
+    x, gates, *weights = tensors
+    fused.fused_experts(x, gates, tile_rows(ids_TK.to(DEVICE), 2), *weights).backward(grad.to(DEVICE))
+    assert freed == [False, True], "first w3's, then w1's"
+    assert all(t.grad is not None for t in tensors)
+
+
+@pytest.mark.parametrize("op", ["fused_anchor", "fused_up", "fused_down"])
 def test_opcheck(op):
     (x, gates, w1, w2, w3), ids_TK, _ = leaves(2, 1, 2, 8, 8)
     x, gates, w1, w2, w3 = (t.to(DEVICE).requires_grad_() for t in (x, gates, w1, w2, w3))
     rows = tile_rows(ids_TK.to(DEVICE), 2)
-    if op == "fused_up":
-        torch.library.opcheck(fused.fused_up, (x, w1, w3, *rows, True), test_utils=OPCHECKS)
+    if op == "fused_anchor":
+        torch.library.opcheck(fused.fused_anchor, (x, w1, *rows), test_utils=OPCHECKS)
+    elif op == "fused_up":
+        for anchor in (None, fused.fused_anchor(x, w1, *rows).detach().requires_grad_()):
+            torch.library.opcheck(fused.fused_up, (x, w1, w3, anchor, *rows, True), test_utils=OPCHECKS)
     else:
-        gate_up, hidden = fused.fused_up(x, w1, w3, *rows, True)
-        args = (gate_up.detach().requires_grad_(), hidden.detach(), gates, w2, *rows)
+        *products, hidden = fused.fused_up(x, w1, w3, None, *rows, True)
+        args = (*(p.detach().requires_grad_() for p in products), hidden.detach(), gates, w2, *rows)
         torch.library.opcheck(fused.fused_down, args, test_utils=OPCHECKS)
 
 

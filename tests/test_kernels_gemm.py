@@ -54,12 +54,12 @@ def test_up_reads_both_weights_whichever_lies_first(shape, swapped, gather_once,
     if (w3.data_ptr() < w1.data_ptr()) != swapped:
         both = torch.stack((case.w3, case.w1) if swapped else (case.w1, case.w3)).to(DEVICE)
         w1, w3 = (both[1], both[0]) if swapped else (both[0], both[1])
-    gate_up, hidden = grouped_gemm.up(case.x_TD.to(DEVICE), w1, w3, on_device(case.rows), save=True)
+    *gate_up, hidden = grouped_gemm.up(case.x_TD.to(DEVICE), w1, w3, on_device(case.rows), save=True)
     gate, up = (case.products(case.gathered(torch.float64), w, torch.float64) for w in (case.w1, case.w3))
     for got, exact in zip((*gate_up, hidden), (gate, up, F.silu(gate) * up)):
         assert_close(got[: case.used], exact)
-    nothing, same = grouped_gemm.up(case.x_TD.to(DEVICE), w1, w3, on_device(case.rows), save=False)
-    assert nothing.numel() == 0
+    *nothing, same = grouped_gemm.up(case.x_TD.to(DEVICE), w1, w3, on_device(case.rows), save=False)
+    assert [n.numel() for n in nothing] == [0, 0]
     assert torch.equal(same[: case.used], hidden[: case.used])
 
 
@@ -75,11 +75,14 @@ def test_rows_product_takes_weights_either_way(shape, transposed):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_input_grad_sums_over_both_products(shape):
+@pytest.mark.parametrize("up_first", [False, True])
+def test_input_grad_sums_over_both_products_wherever_they_lie(shape, up_first):
     case = Case(*shape)
-    grad = torch.randn(2, case.rows.order_P.numel(), shape[1]).to(DTYPE)
-    exact = sum(case.products(grad[i, : case.used], w.mT, torch.float64) for i, w in enumerate((case.w1, case.w3)))
-    got = grouped_gemm.input_grad(grad.to(DEVICE), case.w1.to(DEVICE), case.w3.to(DEVICE), on_device(case.rows))
+    pair = torch.randn(2, case.rows.order_P.numel(), shape[1]).to(DTYPE).to(DEVICE)
+    grads = pair.flip(0).contiguous().unbind()[::-1] if up_first else pair.unbind()
+    assert (grads[1].data_ptr() < grads[0].data_ptr()) == up_first
+    exact = sum(case.products(g[: case.used].cpu(), w.mT, torch.float64) for g, w in zip(grads, (case.w1, case.w3)))
+    got = grouped_gemm.input_grad(*grads, case.w1.to(DEVICE), case.w3.to(DEVICE), on_device(case.rows))
     assert_close(got[: case.used], exact)
 
 

@@ -69,10 +69,10 @@ def test_swiglu_backward_equals_autograd(dtype, top_k, hidden_dim, dropped):
         gated.backward(grad_PF.to(wide))
         return gate.grad, up.grad, gates.grad, gated.detach()
 
-    stacked = torch.stack((gate_PF, up_PF)).to(DEVICE)
-    got = swiglu.swiglu_backward(grad_PF.clone().to(DEVICE), stacked, gates_TK.to(DEVICE), rows)
+    products = (t.clone().to(DEVICE) for t in (grad_PF, gate_PF, up_PF))
+    got = swiglu.swiglu_backward(*products, gates_TK.to(DEVICE), rows)
     used = int(rows.expert_M1[-1]) * 128
-    got = [got[0][0][:used], got[0][1][:used], got[1], got[2][:used]]
+    got = [got.gate_PF[:used], got.up_PF[:used], got.gates_TK, got.gated_PF[:used]]
     exact, low = by_autograd(torch.float64), by_autograd(dtype)
     for mine, right, theirs in zip(got, exact, low):
         right, theirs = (t if t.shape == mine.shape else t[:used] for t in (right, theirs))

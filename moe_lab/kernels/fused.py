@@ -1,6 +1,6 @@
 """The routed part of a layer in few kernels: gather, products, SwiGLU and the weighted sum, forward and backward.
 
-Two ops with gradients, so that autograd frees what each has saved as soon as it has run backward:
+Several ops with gradients, so that autograd frees what each has saved or been given as soon as it has run backward:
 `fused_up` saves the tokens, `fused_down` the gate and up products. Rows, hidden values and outputs of experts are
 never saved: backward gathers rows again and recomputes hidden values. Nothing waits for the host.
 """
@@ -8,6 +8,7 @@ never saved: backward gathers rows again and recomputes hidden values. Nothing w
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from moe_lab.kernels.tiles import TileRows
+
+ANCHORED = 2048  # hidden width from which a second gather, 140 / F of a product, is a fair price for less memory
 
 
 def fused_experts(
@@ -33,8 +36,9 @@ def fused_experts(
     _check(x_TD, w2_EDF)
     weights = (w1_EFD, w2_EDF, w3_EFD)
     save = torch.is_grad_enabled() and any(t.requires_grad for t in (x_TD, gates_TK, *weights))
-    gate_up_2PF, hidden_PF = fused_up(x_TD, w1_EFD, w3_EFD, *rows, save)
-    return fused_down(gate_up_2PF, hidden_PF, gates_TK, w2_EDF, *rows)
+    anchor_PF = fused_anchor(x_TD, w1_EFD, *rows) if save and w1_EFD.shape[1] >= ANCHORED else None
+    gate_PF, up_PF, hidden_PF = fused_up(x_TD, w1_EFD, w3_EFD, anchor_PF, *rows, save)
+    return fused_down(gate_PF, up_PF, hidden_PF, gates_TK, w2_EDF, *rows)
 
 
 def _check(x_TD: Tensor, w2_EDF: Tensor) -> None:
@@ -59,39 +63,62 @@ def _aligned(tensor: Tensor) -> Tensor:
     return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
 
 
+@torch.library.custom_op("moe_lab::fused_anchor", mutates_args=())
+def fused_anchor(
+    x_TD: Tensor, w1_EFD: Tensor, order_P: Tensor, position_TK: Tensor, starts_E1: Tensor, expert_M1: Tensor
+) -> Tensor:  # fmt: skip
+    """A node for the gradient of w1 alone, (P, F) without memory: what comes back to it is the gate's gradient.
+
+    Backward of `fused_up` ends before it begins, so the gradient of the up product is freed before that of w1 is
+    made: wide layers peak there.
+    """
+    return w1_EFD.new_empty(1).expand(order_P.shape[0], w1_EFD.shape[1])
+
+
 @torch.library.custom_op("moe_lab::fused_up", mutates_args=())
 def fused_up(
-    x_TD: Tensor, w1_EFD: Tensor, w3_EFD: Tensor,
+    x_TD: Tensor, w1_EFD: Tensor, w3_EFD: Tensor, anchor_PF: Tensor | None,
     order_P: Tensor, position_TK: Tensor, starts_E1: Tensor, expert_M1: Tensor, save: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Gate and up products (2, P, F), empty unless `save`, and hidden values (P, F), which carry no gradient."""
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gate and up products (P, F), empty unless `save`, and hidden values (P, F), which carry no gradient.
+
+    With an anchor, the gradient of w1 is its affair.
+    """
     from moe_lab.kernels import grouped_gemm
 
     rows = TileRows(order_P, position_TK, starts_E1, expert_M1)
     return grouped_gemm.up(_aligned(x_TD), _aligned(w1_EFD), _aligned(w3_EFD), rows, save=save)
 
 
-@torch.library.custom_op("moe_lab::fused_up_backward", mutates_args=())
-def fused_up_backward(
-    grad_gate_up_2PF: Tensor, x_TD: Tensor, w1_EFD: Tensor, w3_EFD: Tensor,
+@torch.library.custom_op("moe_lab::fused_input_grad", mutates_args=())
+def fused_input_grad(
+    grad_gate_PF: Tensor, grad_up_PF: Tensor, w1_EFD: Tensor, w3_EFD: Tensor,
     order_P: Tensor, position_TK: Tensor, starts_E1: Tensor, expert_M1: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of x, w1 and w3."""
+) -> Tensor:  # fmt: skip
+    """Gradient of x, (T, D), from those of the gate and up products."""
     from moe_lab.kernels import combine, grouped_gemm
 
     rows = TileRows(order_P, position_TK, starts_E1, expert_M1)
-    grad_gate_up_2PF = _aligned(grad_gate_up_2PF)
-    grad_PD = grouped_gemm.input_grad(grad_gate_up_2PF, _aligned(w1_EFD), _aligned(w3_EFD), rows)
-    grad_TD = combine.combine(grad_PD, None, rows)
-    del grad_PD
+    grads = _aligned(grad_gate_PF), _aligned(grad_up_PF)
+    return combine.combine(grouped_gemm.input_grad(*grads, _aligned(w1_EFD), _aligned(w3_EFD), rows), None, rows)
+
+
+@torch.library.custom_op("moe_lab::fused_weight_grads", mutates_args=())
+def fused_weight_grads(
+    x_TD: Tensor, grads_PF: Sequence[Tensor],
+    order_P: Tensor, position_TK: Tensor, starts_E1: Tensor, expert_M1: Tensor,
+) -> list[Tensor]:  # fmt: skip
+    """The weight gradient (E, F, D) of each product of x, from the product's own; rows are gathered once for all."""
+    from moe_lab.kernels import combine, grouped_gemm
+
+    rows = TileRows(order_P, position_TK, starts_E1, expert_M1)
     x_PD = combine.gather(_aligned(x_TD), rows)
-    grad_w1, grad_w3 = (grouped_gemm.weight_grad(grad_gate_up_2PF[i], x_PD, rows) for i in (0, 1))
-    return grad_TD, grad_w1, grad_w3
+    return [grouped_gemm.weight_grad(_aligned(grad_PF), x_PD, rows) for grad_PF in grads_PF]
 
 
 @torch.library.custom_op("moe_lab::fused_down", mutates_args=())
 def fused_down(
-    gate_up_2PF: Tensor, hidden_PF: Tensor, gates_TK: Tensor, w2_EDF: Tensor,
+    gate_PF: Tensor, up_PF: Tensor, hidden_PF: Tensor, gates_TK: Tensor, w2_EDF: Tensor,
     order_P: Tensor, position_TK: Tensor, starts_E1: Tensor, expert_M1: Tensor,
 ) -> Tensor:  # fmt: skip
     """(T, D): hidden values through w2, each token's K rows summed under its gates."""
@@ -104,63 +131,88 @@ def fused_down(
 
 @torch.library.custom_op("moe_lab::fused_down_backward", mutates_args=())
 def fused_down_backward(
-    grad_TD: Tensor, gate_up_2PF: Tensor, gates_TK: Tensor, w2_EDF: Tensor,
+    grad_TD: Tensor, gate_PF: Tensor, up_PF: Tensor, gates_TK: Tensor, w2_EDF: Tensor,
     order_P: Tensor, position_TK: Tensor, starts_E1: Tensor, expert_M1: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of the gate and up products, of the gates and of w2."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of the gate product, the up product, the gates and w2."""
     from moe_lab.kernels import combine, grouped_gemm, swiglu
 
     rows = TileRows(order_P, position_TK, starts_E1, expert_M1)
     grad_PD = combine.gather(_aligned(grad_TD), rows)
     grad_PF = grouped_gemm.rows_product(grad_PD, _aligned(w2_EDF), rows, transposed=False)
-    grad_gate_up_2PF, grad_gates_TK, gated_PF = swiglu.swiglu_backward(
-        grad_PF, gate_up_2PF, gates_TK.contiguous(), rows
-    )
-    grad_w2 = grouped_gemm.weight_grad(grad_PD, gated_PF, rows)
-    return grad_gate_up_2PF, grad_gates_TK, grad_w2
+    grads = swiglu.swiglu_backward(grad_PF, gate_PF, up_PF, gates_TK.contiguous(), rows)
+    return grads.gate_PF, grads.up_PF, grads.gates_TK, grouped_gemm.weight_grad(grad_PD, grads.gated_PF, rows)
+
+
+@fused_anchor.register_fake
+def _(x_TD, w1_EFD, order_P, *rows):
+    return w1_EFD.new_empty(1).expand(order_P.shape[0], w1_EFD.shape[1])
 
 
 @fused_up.register_fake
-def _(x_TD, w1_EFD, w3_EFD, order_P, position_TK, starts_E1, expert_M1, save):
+def _(x_TD, w1_EFD, w3_EFD, anchor_PF, order_P, position_TK, starts_E1, expert_M1, save):
     num_rows, hidden_dim = order_P.shape[0], w1_EFD.shape[1]
-    return x_TD.new_empty(2, num_rows if save else 0, hidden_dim), x_TD.new_empty(num_rows, hidden_dim)
+    return tuple(x_TD.new_empty(rows, hidden_dim) for rows in (*(num_rows if save else 0,) * 2, num_rows))
 
 
-@fused_up_backward.register_fake
-def _(grad_gate_up_2PF, x_TD, w1_EFD, w3_EFD, *rows):
-    return tuple(t.new_empty(t.shape) for t in (x_TD, w1_EFD, w3_EFD))
+@fused_input_grad.register_fake
+def _(grad_gate_PF, grad_up_PF, w1_EFD, w3_EFD, order_P, position_TK, *rows):
+    return grad_gate_PF.new_empty(position_TK.shape[0], w1_EFD.shape[2])
+
+
+@fused_weight_grads.register_fake
+def _(x_TD, grads_PF, order_P, position_TK, starts_E1, expert_M1):
+    return [x_TD.new_empty(starts_E1.shape[0] - 1, grad_PF.shape[1], x_TD.shape[1]) for grad_PF in grads_PF]
 
 
 @fused_down.register_fake
-def _(gate_up_2PF, hidden_PF, gates_TK, w2_EDF, *rows):
+def _(gate_PF, up_PF, hidden_PF, gates_TK, w2_EDF, *rows):
     return hidden_PF.new_empty(gates_TK.shape[0], w2_EDF.shape[1])
 
 
 @fused_down_backward.register_fake
-def _(grad_TD, gate_up_2PF, gates_TK, w2_EDF, *rows):
-    return tuple(t.new_empty(t.shape) for t in (gate_up_2PF, gates_TK, w2_EDF))
+def _(grad_TD, gate_PF, up_PF, gates_TK, w2_EDF, *rows):
+    return tuple(t.new_empty(t.shape) for t in (gate_PF, up_PF, gates_TK, w2_EDF))
 
 
-def _setup_up(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _setup_anchor(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x_TD, _, *rows = inputs
+    ctx.save_for_backward(x_TD, *rows)
+
+
+def _anchor_backward(ctx: Any, grad_gate_PF: Tensor) -> tuple[Tensor | None, ...]:
+    x_TD, *rows = ctx.saved_tensors
+    return None, *fused_weight_grads(x_TD, [grad_gate_PF], *rows), *(None,) * 4
+
+
+def _setup_up(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x_TD, w1_EFD, w3_EFD, anchor_PF, *rows, _ = inputs
     ctx.set_materialize_grads(False)  # hidden values have none, and zeros of their size would be allocated
-    ctx.save_for_backward(*inputs[:-1])
+    ctx.anchored = anchor_PF is not None
+    ctx.save_for_backward(x_TD, w1_EFD, w3_EFD, *rows)
 
 
-def _up_backward(ctx: Any, grad_gate_up_2PF: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-    if grad_gate_up_2PF is None:
-        return (None,) * 8
-    return *fused_up_backward(grad_gate_up_2PF, *ctx.saved_tensors), *(None,) * 5
+def _up_backward(ctx: Any, grad_gate_PF: Tensor | None, grad_up_PF: Tensor | None, _: None) -> tuple[Any, ...]:
+    if grad_gate_PF is None or grad_up_PF is None:
+        return (None,) * 9
+    x_TD, w1_EFD, w3_EFD, *rows = ctx.saved_tensors
+    grad_TD = fused_input_grad(grad_gate_PF, grad_up_PF, w1_EFD, w3_EFD, *rows)
+    if ctx.anchored:
+        (grad_w3,) = fused_weight_grads(x_TD, [grad_up_PF], *rows)
+        return grad_TD, None, grad_w3, grad_gate_PF, *(None,) * 5
+    return grad_TD, *fused_weight_grads(x_TD, [grad_gate_PF, grad_up_PF], *rows), None, *(None,) * 5
 
 
 def _setup_down(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    gate_up_2PF, _, *rest = inputs
-    ctx.save_for_backward(gate_up_2PF, *rest)
+    gate_PF, up_PF, _, *rest = inputs
+    ctx.save_for_backward(gate_PF, up_PF, *rest)
 
 
 def _down_backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
-    grad_gate_up_2PF, grad_gates_TK, grad_w2 = fused_down_backward(grad_TD, *ctx.saved_tensors)
-    return grad_gate_up_2PF, None, grad_gates_TK, grad_w2, *(None,) * 4
+    grad_gate_PF, grad_up_PF, grad_gates_TK, grad_w2 = fused_down_backward(grad_TD, *ctx.saved_tensors)
+    return grad_gate_PF, grad_up_PF, None, grad_gates_TK, grad_w2, *(None,) * 4
 
 
+fused_anchor.register_autograd(_anchor_backward, setup_context=_setup_anchor)
 fused_up.register_autograd(_up_backward, setup_context=_setup_up)
 fused_down.register_autograd(_down_backward, setup_context=_setup_down)

@@ -28,27 +28,29 @@ GATHER_ONCE = 2048  # hidden width from which gathering before the product is fa
 COUNTS = ["num_tiles", "num_columns", "num_m", "num_n", "top_k"]  # a kernel serves all their values
 
 
-def up(x_TD: Tensor, w1_EFD: Tensor, w3_EFD: Tensor, rows: TileRows, *, save: bool) -> tuple[Tensor, Tensor]:
-    """Gate and up product of each row's token, (2, P, F), empty unless `save`; and hidden = silu(gate) * up, (P, F).
+def up(
+    x_TD: Tensor, w1_EFD: Tensor, w3_EFD: Tensor, rows: TileRows, *, save: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gate and up product of each row's token, (P, F), empty unless `save`; and hidden = silu(gate) * up, (P, F).
 
     The gather, both products and SwiGLU are one kernel. Where rows are read so often (once for every HALF columns)
     that loads through pointers cost more than a copy, the copy engine reads rows gathered before.
     """
     num_rows, (_, hidden_dim, dim) = rows.order_P.numel(), w1_EFD.shape
     hidden_PF = x_TD.new_empty(num_rows, hidden_dim)
-    gate_up_2PF = x_TD.new_empty(2, num_rows if save else 0, hidden_dim)
+    gate_PF, up_PF = (x_TD.new_empty(num_rows if save else 0, hidden_dim) for _ in range(2))
     if num_rows:
         depth = _depth(x_TD)
         gathered = hidden_dim < GATHER_ONCE
         x = x_TD if gathered else _map(combine.gather(x_TD, rows), TILE, depth)
         w13, swap = _both(w1_EFD, w3_EFD, [2, 1, HALF, depth])
         hidden = _map(hidden_PF, TILE, HALF)
-        gate, up = (_map(gate_up_2PF[i], TILE, HALF) if save else hidden for i in (0, 1))
+        gate, up = (_map(product, TILE, HALF) if save else hidden for product in (gate_PF, up_PF))
         _launch(_up_kernel, rows, hidden_dim, HALF, stages=3 if gathered else 4)(
             x, rows.order_P, w13, gate, up, hidden, dim, rows.position_TK.shape[1],
             gathered, swap, save, dim % depth == 0, depth,
         )  # fmt: skip
-    return gate_up_2PF, hidden_PF
+    return gate_PF, up_PF, hidden_PF
 
 
 def rows_product(a_PI: Tensor, weight_E: Tensor, rows: TileRows, *, transposed: bool) -> Tensor:
@@ -64,15 +66,16 @@ def rows_product(a_PI: Tensor, weight_E: Tensor, rows: TileRows, *, transposed: 
     return out_PO
 
 
-def input_grad(grad_gate_up_2PF: Tensor, w1_EFD: Tensor, w3_EFD: Tensor, rows: TileRows) -> Tensor:
+def input_grad(grad_gate_PF: Tensor, grad_up_PF: Tensor, w1_EFD: Tensor, w3_EFD: Tensor, rows: TileRows) -> Tensor:
     """(P, D): dGate times w1 plus dUp times w3, one sum over 2F."""
     _, hidden_dim, dim = w1_EFD.shape
-    grad_PD = grad_gate_up_2PF.new_empty(rows.order_P.numel(), dim)
+    grad_PD = grad_gate_PF.new_empty(rows.order_P.numel(), dim)
     if grad_PD.numel():
         depth = _depth(grad_PD)
-        w13, swap = _both(w1_EFD, w3_EFD, [1, 1, depth, COLUMNS])
+        w13, swap_weights = _both(w1_EFD, w3_EFD, [1, 1, depth, COLUMNS])
+        grads, swap_grads = _both(grad_gate_PF, grad_up_PF, [1, TILE, depth])
         _launch(_input_grad_kernel, rows, dim, COLUMNS)(
-            _map(grad_gate_up_2PF, 1, TILE, depth), w13, _map(grad_PD, TILE, HALF), hidden_dim, swap, depth
+            grads, w13, _map(grad_PD, TILE, HALF), hidden_dim, swap_grads, swap_weights, depth
         )
     return grad_PD
 
@@ -101,14 +104,14 @@ def _map(tensor: Tensor, *block: int) -> TensorDescriptor:
     return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), list(block))
 
 
-def _both(w1: Tensor, w3: Tensor, block: list[int]) -> tuple[TensorDescriptor, bool]:
-    """One tensor map over two parameters of one shape, and whether w3 comes first in it.
+def _both(a: Tensor, b: Tensor, block: list[int]) -> tuple[TensorDescriptor, bool]:
+    """One tensor map over two tensors of one shape, and whether `b` comes first in it.
 
     A map may have any stride, so its outermost is the distance between the two: one load fetches a tile of each
-    and one product multiplies both, without copying a weight. (Two products in one loop wait for each other.)
+    and one product multiplies both, without a copy. (Two products in one loop wait for each other.)
     """
-    swap = w3.data_ptr() < w1.data_ptr()
-    first, second = (w3, w1) if swap else (w1, w3)
+    swap = b.data_ptr() < a.data_ptr()
+    first, second = (b, a) if swap else (a, b)
     distance = second.data_ptr() - first.data_ptr()
     if distance >= 2**40:  # the largest stride of a tensor map, in bytes
         pair = torch.stack((first, second))
@@ -224,8 +227,8 @@ def _rows_kernel(
 
 @triton.jit(do_not_specialize=COUNTS)
 def _input_grad_kernel(
-    expert_ptr, num_tiles, num_columns, grad_map, w13_map, out_map, hidden_dim,
-    SWAP: tl.constexpr, DEPTH: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr,
+    expert_ptr, num_tiles, num_columns, grads_map, w13_map, out_map, hidden_dim,
+    SWAP_GRADS: tl.constexpr, SWAP_WEIGHTS: tl.constexpr, DEPTH: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     used = tl.load(expert_ptr + num_tiles)
     steps = tl.cdiv(hidden_dim, DEPTH)
@@ -236,8 +239,8 @@ def _input_grad_kernel(
         for step in range(2 * steps):
             part = step // steps  # 0: gate with w1, 1: up with w3
             k = (step - part * steps) * DEPTH
-            grad = grad_map.load([part, tile * TILE, k]).reshape(TILE, DEPTH)
-            place = 1 - part if SWAP else part
+            grad = grads_map.load([1 - part if SWAP_GRADS else part, tile * TILE, k]).reshape(TILE, DEPTH)
+            place = 1 - part if SWAP_WEIGHTS else part
             weight = w13_map.load([place, expert, k, column * COLUMNS]).reshape(DEPTH, COLUMNS)
             acc = tl.dot(grad, weight, acc, input_precision="ieee")
         _store(out_map, tile, column, acc, TILE, COLUMNS)

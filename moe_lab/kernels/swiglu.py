@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -16,25 +18,35 @@ def silu(x):
     return x * tl.sigmoid(x)
 
 
+class SwigluGrads(NamedTuple):
+    """Gradients of the gate product, the up product and the gates; and hidden values times their row's gate."""
+
+    gate_PF: Tensor
+    up_PF: Tensor
+    gates_TK: Tensor
+    gated_PF: Tensor
+
+
 def swiglu_backward(
-    grad_PF: Tensor, gate_up_2PF: Tensor, gates_TK: Tensor, rows: TileRows
-) -> tuple[Tensor, Tensor, Tensor]:
+    grad_PF: Tensor, gate_PF: Tensor, up_PF: Tensor, gates_TK: Tensor, rows: TileRows
+) -> SwigluGrads:
     """From the gradient of each row's hidden values *before* its gate: what the other gradients are made of.
 
-    With h = silu(gate) * up and g the row's gate: dGate and dUp of g * grad, (2, P, F); the gradient of g, which is
-    <h, grad>, (T, K); and g * h, (P, F), the factor of the down product's weight gradient. The last overwrites
-    `grad_PF`. Float32 inside, one rounding each. Same as autograd of `silu(gate) * up` in PyTorch.
+    With h = silu(gate) * up and g the row's gate: dGate and dUp of g * grad; the gradient of g, which is <h, grad>;
+    and g * h, the factor of the down product's weight gradient, which overwrites `grad_PF`. Float32 inside, one
+    rounding each. Same as autograd of `silu(gate) * up` in PyTorch.
     """
     num_rows, hidden_dim = grad_PF.shape
-    grad_gate_up_2PF, grad_gates_TK = torch.empty_like(gate_up_2PF), torch.zeros_like(gates_TK)
+    grad_gate_PF, grad_up_PF = torch.empty_like(gate_PF), torch.empty_like(up_PF)
+    grad_gates_TK = torch.zeros_like(gates_TK)
     if num_rows:
         block = min(512, triton.next_power_of_2(hidden_dim))
         _swiglu_backward_kernel[(num_rows,)](
-            grad_PF, gate_up_2PF[0], gate_up_2PF[1], grad_gate_up_2PF[0], grad_gate_up_2PF[1], gates_TK, grad_gates_TK,
+            grad_PF, gate_PF, up_PF, grad_gate_PF, grad_up_PF, gates_TK, grad_gates_TK,
             rows.order_P, rows.expert_M1, hidden_dim, num_rows // (rows.expert_M1.numel() - 1), block,
             num_warps=max(1, block // 256),
         )  # fmt: skip
-    return grad_gate_up_2PF, grad_gates_TK, grad_PF
+    return SwigluGrads(grad_gate_PF, grad_up_PF, grad_gates_TK, grad_PF)
 
 
 @triton.jit

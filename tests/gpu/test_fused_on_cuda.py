@@ -109,8 +109,9 @@ def test_rows_beyond_two_to_the_31_values():
         assert torch.equal(a[-5:], b)
 
 
-def test_memory_beside_transformers():
-    inputs = make_inputs(LAYERS["10B_2B"], 16384, CUDA, torch.bfloat16)
+@pytest.mark.parametrize(("layer", "tokens"), [("10B_2B", 16384), ("mixtral_8x7b", 8192)])
+def test_memory_beside_transformers(layer, tokens):
+    inputs = make_inputs(LAYERS[layer], tokens, CUDA, torch.bfloat16)
     grad = torch.randn_like(inputs.x_TD)
     measured = []
     for make in (lambda i: ours(i, "fused"), transformers):
