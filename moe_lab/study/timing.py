@@ -1,9 +1,10 @@
 """Time and memory of functions that compete: interleaved rounds, ratios within a round, intervals by bootstrap.
 
-In a round every arm runs in turn, each for a block of about `BLOCK_MS`: a GPU under matrix products slows down
-within milliseconds, so each arm is measured at the clocks that its own power leaves it, as in training, while
-slower drifts pass under all alike. On CUDA, events time the device, the host queues ahead, and a buffer larger
-than the cache is written before each run.
+In a round every arm runs in turn, each for a block of about `BLOCK_MS`, while drifts pass under all alike. On CUDA,
+events time the device, the host queues ahead, and a buffer larger than the cache is written before each run. A GPU
+under matrix products lowers its clocks within tens of milliseconds, by its power, and recovers under an arm that
+leaves it half idle: there a block is longer and its first half is not counted, so that each arm is measured at the
+clocks that its own power leaves it, as in training.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-BLOCK_MS = 50.0
+BLOCK_MS = {"cpu": 50.0, "cuda": 250.0}
 FLUSH_BYTES = 256 * 2**20
 
 
@@ -37,9 +38,10 @@ class Memory(NamedTuple):
 
 
 def interleave(
-    arms: Mapping[str, Callable[[], object]], device: torch.device, *, rounds: int, block_ms: float = BLOCK_MS
+    arms: Mapping[str, Callable[[], object]], device: torch.device, *, rounds: int, block_ms: float | None = None
 ) -> dict[str, list[float]]:
     """Milliseconds of every arm in every round, each the median of its block; a round before does not count."""
+    block_ms = BLOCK_MS[device.type] if block_ms is None else block_ms
     clock = _time_cuda if device.type == "cuda" else _time_cpu
     flush = torch.empty(FLUSH_BYTES if device.type == "cuda" else 0, dtype=torch.uint8, device=device)
 
@@ -50,9 +52,10 @@ def interleave(
             read.append(clock(arm))
         if device.type == "cuda":
             torch.cuda.synchronize(device)
+            read = read[len(read) // 2 :]
         return statistics.median(time() for time in read)
 
-    repeats = {name: min(200, max(1, round(block_ms / max(block(arm, 3), 1e-3)))) for name, arm in arms.items()}
+    repeats = {name: min(400, max(1, round(block_ms / max(block(arm, 3), 1e-3)))) for name, arm in arms.items()}
     times: dict[str, list[float]] = {name: [] for name in arms}
     for _ in range(1 + rounds):
         for name, arm in arms.items():
