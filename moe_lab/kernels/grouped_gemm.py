@@ -28,9 +28,7 @@ GATHER_ONCE = 2048  # hidden width from which gathering before the product is fa
 COUNTS = ["num_tiles", "num_columns", "num_m", "num_n", "top_k"]  # a kernel serves all their values
 
 
-def up(
-    x_TD: Tensor, w1_EFD: Tensor, w3_EFD: Tensor, rows: TileRows, *, save: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def up(x_TD: Tensor, w1_EFD: Tensor, w3_EFD: Tensor, rows: TileRows, *, save: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Gate and up product of each row's token, (P, F), empty unless `save`; and hidden = silu(gate) * up, (P, F).
 
     The gather, both products and SwiGLU are one kernel. Where rows are read so often (once for every HALF columns)
@@ -228,7 +226,8 @@ def _rows_kernel(
 @triton.jit(do_not_specialize=COUNTS)
 def _input_grad_kernel(
     expert_ptr, num_tiles, num_columns, grads_map, w13_map, out_map, hidden_dim,
-    SWAP_GRADS: tl.constexpr, SWAP_WEIGHTS: tl.constexpr, DEPTH: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr,
+    SWAP_GRADS: tl.constexpr, SWAP_WEIGHTS: tl.constexpr, DEPTH: tl.constexpr,
+    TILE: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     used = tl.load(expert_ptr + num_tiles)
     steps = tl.cdiv(hidden_dim, DEPTH)

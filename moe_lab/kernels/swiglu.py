@@ -27,9 +27,7 @@ class SwigluGrads(NamedTuple):
     gated_PF: Tensor
 
 
-def swiglu_backward(
-    grad_PF: Tensor, gate_PF: Tensor, up_PF: Tensor, gates_TK: Tensor, rows: TileRows
-) -> SwigluGrads:
+def swiglu_backward(grad_PF: Tensor, gate_PF: Tensor, up_PF: Tensor, gates_TK: Tensor, rows: TileRows) -> SwigluGrads:
     """From the gradient of each row's hidden values *before* its gate: what the other gradients are made of.
 
     With h = silu(gate) * up and g the row's gate: dGate and dUp of g * grad; the gradient of g, which is <h, grad>;
