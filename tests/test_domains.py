@@ -179,6 +179,15 @@ def test_whitened_distance_is_mahalanobis_by_hand():
     assert named.tolist() == [0, 1]
 
 
+def test_how_far_the_covariance_is_shrunk_decides():
+    train_WF = torch.tensor([[-2.0, 0], [2, 0], [6, 1], [10, 1]], dtype=torch.float64)
+    # Shrunk covariance diag(3.8, 0.2) as above, means (0, 0) and (8, 1). From (4 + u, 0.5 - v) the second is nearer
+    # if 16 u / 3.8 > 2 v / 0.2, that is 8 u / v > 19; half the shrinkage would make that 39, twice as much 9.
+    test_VF = torch.tensor([[4 + 14 / 8, -0.5], [4 + 24 / 8, -0.5]], dtype=torch.float64)
+    named = nearest_centroid(train_WF, torch.tensor([0, 0, 1, 1]), test_VF, 2, whiten=True)
+    assert named.tolist() == [0, 1]
+
+
 def test_whitening_by_the_windows_that_are_named_is_refused():
     histograms = Histograms(torch.eye(2, dtype=torch.float64), torch.tensor([0, 1]), torch.tensor([0, 1]), ("a", "b"))
     with pytest.raises(ValueError, match="whiten=True needs train"):

@@ -43,6 +43,12 @@ def test_passages_are_spans_of_different_files(split):
         assert text_B.numpy().tobytes() == whole[document.offset : document.offset + 16]
 
 
+def test_the_hash_of_a_file_places_its_passage(split):
+    offsets = {p.document.sha256: p.document.offset for p in heldout_passages(split, per_domain=6, length=16)}
+    assert offsets == {d.sha256: int(d.sha256[:8], 16) % (80 - 16 + 1) for d in split.documents}
+    assert len(set(offsets.values())) > 6
+
+
 def test_neighbours_mix_domains(split):
     domains = [p.document.domain for p in heldout_passages(split, per_domain=6, length=16)]
     assert domains != sorted(domains)

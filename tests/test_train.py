@@ -97,6 +97,14 @@ def test_the_rate_warms_up_and_falls_to_a_tenth():
     assert rates[-1] == pytest.approx(0.1, abs=1e-3)
 
 
+def test_crops_follow_from_seed_and_step(corpus):
+    trainer, again = (Trainer(CONFIG, corpus, "cpu") for _ in range(2))
+    other = Trainer(dataclasses.replace(CONFIG, seed=1), corpus, "cpu")
+    assert torch.equal(trainer.batch(3), again.batch(3))
+    assert not torch.equal(trainer.batch(3), trainer.batch(4))
+    assert not torch.equal(trainer.batch(3), other.batch(3)), "a seed's high bits would be lost"
+
+
 def test_too_little_text_is_refused(corpus):
     short = Corpus(split(b"too short"), corpus.heldout, {})
     with pytest.raises(ValueError, match="9 training bytes: at least 33"):

@@ -132,7 +132,8 @@ class Trainer:
         length = self.config.model.max_length + 1
         if len(self.text_B) < length:
             raise ValueError(f"corpus has {len(self.text_B)} training bytes: at least {length} are needed")
-        generator = torch.Generator().manual_seed((self.config.seed << 32) + step)
+        # The generator reads the low 32 bits of its seed only; runs of less than a million steps stay apart.
+        generator = torch.Generator().manual_seed((self.config.seed * 1_000_003 + step) % 2**32)
         start_B = torch.randint(len(self.text_B) - length + 1, (self.config.batch,), generator=generator)
         index_BL = start_B[:, None] + torch.arange(length)
         return self.text_B[index_BL.to(self.device)].long()
