@@ -4,13 +4,14 @@ import json
 import math
 from pathlib import Path
 
+import jaxtyping
 import pytest
 import torch
 
 from moe_lab.jobs.corpus_file import Corpus, Split
 from moe_lab.jobs.evaluate import as_tensor
 from moe_lab.jobs.train import TrainConfig, Trainer, TrainingDiverged, heldout_bits, train
-from moe_lab.study.trace import Document
+from moe_lab.study.trace import Document, record
 from tests.test_lm import TINY
 
 CONFIG = TrainConfig(model=TINY, steps=12, batch=4, warmup=3, log_every=2, save_every=4, eval_files=1)
@@ -97,6 +98,48 @@ def test_the_rate_warms_up_and_falls_to_a_tenth():
     assert rates[-1] == pytest.approx(0.1, abs=1e-3)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_auxiliary_losses_are_those_of_each_layer_added_up(corpus, compiled, monkeypatch):
+    config = dataclasses.replace(CONFIG, switch_coeff=0.1, sequence_coeff=0.01, z_coeff=0.001)
+    trainer, plain = Trainer(config, corpus, "cpu"), Trainer(CONFIG, corpus, "cpu")
+    losses = trainer.losses
+    if compiled:
+        monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # checks would be compiled too
+        losses = torch.compile(trainer._losses, backend="aot_eager")
+    got, without = losses(trainer.batch(0)), plain.losses(plain.batch(0))
+    with record(plain.model) as recorder, torch.no_grad():
+        plain.model.eval()(plain.batch(0)[:, :-1])
+    routings = [recorder.trace().routing(layer) for layer in range(TINY.num_layers)]
+    expected = 0.0
+    for routing in routings:
+        counts_BE = torch.stack([torch.bincount(ids.flatten(), minlength=4) for ids in routing.expert_ids_TK.chunk(4)])
+        probs_BE = routing.scores_TE.view(4, 32, 4).mean(dim=1)
+        expected += 0.1 * 4 * float((counts_BE.sum(0) / (128 * 2) * probs_BE.mean(0)).sum())
+        expected += 0.01 * 4 * float((counts_BE / (32 * 2) * probs_BE).sum(1).mean())
+        expected += 0.001 * float(routing.logits_TE.logsumexp(1).square().mean())
+    assert got.auxiliary.item() == pytest.approx(expected, rel=1e-3)  # a trace keeps logits in float16
+    assert without.auxiliary.item() == 0.0
+    assert got.cross_entropy.item() == pytest.approx(without.cross_entropy.item(), rel=1e-5)
+
+
+def test_the_switch_loss_balances_what_nothing_else_does(corpus, tmp_path):
+    moe = TINY.moe.replace(load_balance_coeff=None)
+    config = dataclasses.replace(CONFIG, model=dataclasses.replace(TINY, moe=moe), steps=40, log_every=40, save_every=40)
+    spread = {}
+    for coeff in (0.0, 1.0):
+        train(dataclasses.replace(config, switch_coeff=coeff), corpus, tmp_path / str(coeff))
+        spread[coeff] = max(lines(tmp_path / str(coeff))[-1]["max_over_mean"])
+    assert spread[1.0] < spread[0.0]
+
+
+def test_a_model_may_drop_over_capacity_while_it_trains(corpus):
+    moe = TINY.moe.replace(capacity_factor=1.0)
+    trainer = Trainer(dataclasses.replace(CONFIG, model=dataclasses.replace(TINY, moe=moe)), corpus, "cpu")
+    step = trainer.advance()
+    assert step.counts_LE.sum(dim=1).tolist() == [4 * 32 * 2] * 2, "the balancing bias hears what was asked for"
+    assert step.losses.cross_entropy.isfinite()
+
+
 def test_crops_follow_from_seed_and_step(corpus):
     trainer, again = (Trainer(CONFIG, corpus, "cpu") for _ in range(2))
     other = Trainer(dataclasses.replace(CONFIG, seed=1), corpus, "cpu")
@@ -111,7 +154,7 @@ def test_too_little_text_is_refused(corpus):
         Trainer(CONFIG, short, "cpu").advance()
 
 
-@pytest.mark.parametrize("change", [{"steps": 0}, {"dtype": "int8"}, {"learning_rate": float("nan")}])
+@pytest.mark.parametrize("change", [{"steps": 0}, {"dtype": "int8"}, {"learning_rate": float("nan")}, {"z_coeff": -1.0}])
 def test_bad_settings_are_refused_by_name(change):
     with pytest.raises(ValueError, match=next(iter(change))):
         dataclasses.replace(CONFIG, **change)

@@ -13,7 +13,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -27,6 +27,8 @@ from tqdm import tqdm
 from moe_lab.config import check_choice, check_int
 from moe_lab.jobs.corpus_file import Corpus, load_corpus
 from moe_lab.jobs.evaluate import as_tensor, bits
+from moe_lab.layer.losses import switch_loss, z_loss
+from moe_lab.layer.router import Routing
 from moe_lab.models.lm import SMALL, LMConfig, MoELM
 from moe_lab.study.metrics import load_imbalance
 
@@ -36,6 +38,10 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """`steps` of `batch` crops of the model's `max_length` bytes; AdamW, warm-up, then cosine to a tenth.
+
+    `switch_coeff`, `sequence_coeff`, `z_coeff`: weights of the auxiliary losses of `moe_lab.layer.losses`, each
+    summed over layers: the switch loss over a step's tokens, over each crop and then averaged, and the z-loss. The
+    balancing bias and drops over capacity are settings of the model's layers.
 
     `log_every` steps make one line of the log; `save_every` steps one checkpoint and one held-out evaluation
     over `eval_files` files a domain.
@@ -48,6 +54,9 @@ class TrainConfig:
     warmup: int = 100
     weight_decay: float = 0.1
     clip: float = 1.0
+    switch_coeff: float = 0.0
+    sequence_coeff: float = 0.0
+    z_coeff: float = 0.0
     seed: int = 0
     dtype: str = "float32"
     compile: bool = False
@@ -61,6 +70,9 @@ class TrainConfig:
         check_choice("dtype", self.dtype, DTYPES)
         if not 0 < self.learning_rate < math.inf:
             raise ValueError(f"learning_rate={self.learning_rate!r} must be a positive number")
+        for name in ("switch_coeff", "sequence_coeff", "z_coeff"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)!r} must be a number >= 0")
 
     def rate(self, step: int) -> float:
         """Learning rate of a step, counted from 0."""
@@ -86,12 +98,35 @@ def heldout_bits(model: MoELM, corpus: Corpus, files: int | None = None) -> dict
     }
 
 
-class Step(NamedTuple):
-    """What one optimizer step left behind, on the device: loss in nats a byte, gradient norm, assignments."""
+class Losses(NamedTuple):
+    """Cross-entropy in nats a byte, and what the auxiliary losses add to it."""
 
-    loss: Tensor
+    cross_entropy: Tensor
+    auxiliary: Tensor
+
+
+class Step(NamedTuple):
+    """What one optimizer step left behind, on the device: losses, gradient norm, assignments."""
+
+    losses: Losses
     grad_norm: Tensor
     counts_LE: Tensor
+
+
+def auxiliary_loss(config: TrainConfig, routings: Sequence[Routing], batch: int) -> Tensor:
+    """The weighted losses of every layer's routing of `batch` crops, as long as each other, summed over layers."""
+    total = torch.zeros((), device=routings[0].scores_TE.device)
+    for routing in routings:
+        tokens = len(routing.scores_TE)
+        if config.switch_coeff:
+            total = total + config.switch_coeff * switch_loss(routing.scores_TE, routing.expert_ids_TK)
+        if config.sequence_coeff:
+            crop_T = torch.arange(tokens, device=total.device) // (tokens // batch)
+            loss = switch_loss(routing.scores_TE, routing.expert_ids_TK, sequence_T=crop_T)
+            total = total + config.sequence_coeff * loss
+        if config.z_coeff:
+            total = total + config.z_coeff * z_loss(routing.logits_TE)
+    return total
 
 
 class TrainingDiverged(RuntimeError):
@@ -117,15 +152,21 @@ class Trainer:
         )
         self.step = 0
         self.text_B = corpus.train_U8.to(device)
-        loss = self._loss
-        self.loss: Callable[[Tensor], Tensor] = torch.compile(loss) if config.compile else loss
+        self._routings: list[Routing] = []
+        for moe in self.model.moe_layers:
+            moe.router.register_forward_hook(lambda router, args, routing: self._routings.append(routing))
+        losses = self._losses
+        self.losses: Callable[[Tensor], Losses] = torch.compile(losses) if config.compile else losses
 
-    def _loss(self, bytes_BL: Tensor) -> Tensor:
-        """Mean cross-entropy in nats of each next byte. Weights but the gates' are rounded to `dtype` first."""
+    def _losses(self, bytes_BL: Tensor) -> Losses:
+        """Mean over each next byte. Weights but the gates' are rounded to `dtype` first."""
         dtype = DTYPES[self.config.dtype]
         weights = {name: p if ".router." in name else p.to(dtype) for name, p in self.model.named_parameters()}
+        self._routings.clear()
         logits_BLV = torch.func.functional_call(self.model, weights, (bytes_BL[:, :-1],))
-        return F.cross_entropy(logits_BLV.flatten(0, 1).float(), bytes_BL[:, 1:].flatten())
+        auxiliary = auxiliary_loss(self.config, self._routings, len(bytes_BL))
+        self._routings.clear()
+        return Losses(F.cross_entropy(logits_BLV.flatten(0, 1).float(), bytes_BL[:, 1:].flatten()), auxiliary)
 
     def batch(self, step: int) -> Tensor:
         """The crops of a step, (batch, max_length + 1) int64."""
@@ -143,13 +184,13 @@ class Trainer:
         self.model.train()
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.rate(self.step)
-        loss = self.loss(self.batch(self.step))
+        losses = self.losses(self.batch(self.step))
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        sum(losses).backward()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
         if not norm.isfinite():
             raise TrainingDiverged(
-                f"step {self.step + 1}: loss {loss.item()}, gradient norm {norm.item()}; the weights and the last "
+                f"step {self.step + 1}: loss {losses.cross_entropy.item()}, gradient norm {norm.item()}; the weights and the last "
                 "checkpoint are from before it"
             )
         self.optimizer.step()
@@ -157,7 +198,7 @@ class Trainer:
         for moe in self.model.moe_layers:
             moe.update_expert_bias()
         self.step += 1
-        return Step(loss.detach(), norm.detach(), counts_LE)
+        return Step(Losses(*(loss.detach() for loss in losses)), norm.detach(), counts_LE)
 
     def save(self, path: Path) -> None:
         """Write a checkpoint beside the last one and swap: a kill leaves one of the two whole."""
@@ -227,12 +268,13 @@ def train(
 
 def _log_line(trainer: Trainer, steps: list[Step]) -> dict[str, Any]:
     """Means over the steps since the last line."""
-    loss = torch.stack([step.loss for step in steps]).double().mean()
+    loss, auxiliary = (torch.stack(values).double().mean() for values in zip(*(step.losses for step in steps)))
     grad_norm = torch.stack([step.grad_norm for step in steps]).double().mean()
     return {
         "step": trainer.step,
         "bytes": trainer.step * trainer.config.batch * trainer.config.model.max_length,
         "bits_per_byte": float(loss) / math.log(2),
+        "auxiliary_loss": float(auxiliary),
         "grad_norm": float(grad_norm),
         "learning_rate": trainer.config.rate(trainer.step - 1),
         "max_over_mean": [round(load_imbalance(c).max_over_mean, 4) for c in steps[-1].counts_LE.cpu()],
@@ -247,6 +289,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
     parser.add_argument("--no-balancing", action="store_true", help="train without the balancing bias")
+    parser.add_argument("--capacity-factor", type=float, help="drop what experts have no room for (default: nothing)")
+    parser.add_argument("--drop-policy", default=SMALL.moe.drop_policy, help="which assignments are dropped")
+    for name in ("switch", "sequence", "z"):
+        parser.add_argument(f"--{name}-coeff", type=float, default=0.0, help=f"weight of the {name} loss of each layer")
     parser.add_argument("--backend", default=SMALL.moe.backend, help="how expert products are computed")
     parser.add_argument("--compile", action="store_true", help="compile the loss")
     parser.add_argument("--dtype", default=default.dtype, choices=tuple(DTYPES))
@@ -260,7 +306,12 @@ def main(args: argparse.Namespace) -> None:
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"device={args.device!r}: PyTorch sees no GPU here, choose 'cpu'")
     coeff = None if args.no_balancing else SMALL.moe.load_balance_coeff
-    moe = SMALL.moe.replace(backend=args.backend, load_balance_coeff=coeff)
+    moe = SMALL.moe.replace(
+        backend=args.backend,
+        load_balance_coeff=coeff,
+        capacity_factor=args.capacity_factor,
+        drop_policy=args.drop_policy,
+    )
     names = (
         "steps",
         "batch",
@@ -269,6 +320,9 @@ def main(args: argparse.Namespace) -> None:
         "log_every",
         "save_every",
         "learning_rate",
+        "switch_coeff",
+        "sequence_coeff",
+        "z_coeff",
         "dtype",
         "compile",
     )
