@@ -27,6 +27,10 @@ def test_who_stays_by_hand():
     gates_TK = [[0.5, 0.4], [0.6, 0.3], [0.7, 0.2], [0.5, 0.1]]
     routing = routing_of(ids_TK, gates_TK, 4)  # capacity 2
     probs = drop_over_capacity(routing, 1.0, "probs")
+    assert routing.requested_E is None
+    assert probs.requested_E.tolist() == [4, 3, 1, 0]
+    assert drop_over_capacity(probs, 0.5, "probs").requested_E.tolist() == [4, 3, 1, 0]
+    assert int((probs.requested_E - probs.counts_E).sum()) == probs.num_dropped
     assert probs.expert_ids_TK.tolist() == [[0, 1], [1, -1], [0, 2], [-1, -1]]  # of two gates 0.5 the earlier stays
     assert torch.equal(probs.gates_TK, torch.tensor([[0.5, 0.4], [0.6, 0], [0.7, 0.2], [0, 0]]))
     assert probs.counts_E.tolist() == [2, 2, 1, 0]

@@ -258,9 +258,9 @@ def test_deepcopy_and_state_dict_give_the_same_layer():
 # Compiling
 
 
-def compile_and_compare(dtype):
+def compile_and_compare(dtype, **changes):
     """Forward and gradients of one graph equal those without; three routings do not compile it again."""
-    moe, x, probe = build("deepseek_v3", dtype, backend="grouped", load_balance_coeff=0.1)
+    moe, x, probe = build("deepseek_v3", dtype, **{"backend": "grouped", "load_balance_coeff": 0.1} | changes)
     expected, _ = run(moe, x, probe)
     import torch._dynamo.testing
 
@@ -281,11 +281,28 @@ def compile_and_compare(dtype):
     assert torch.equal(out, moe.forward(x))
 
 
+def refuse_to_compile_a_loop():
+    """A loop over experts asks which are empty: as one graph it is refused, and the error says where."""
+    moe, x, _ = build("deepseek_v3", torch.float32, backend="loop")
+    moe.compile(backend="eager", fullgraph=True)
+    with pytest.raises(torch._dynamo.exc.UserError, match="data-dependent"):
+        moe(x)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["torch.bfloat16", "torch.float32"])
-def test_one_graph_whatever_the_routing(dtype):
+@pytest.mark.parametrize(
+    "call",
+    [
+        "compile_and_compare(torch.bfloat16)",
+        "compile_and_compare(torch.float32)",
+        "compile_and_compare(torch.float32, backend='padded')",
+        "compile_and_compare(torch.float32, capacity_factor=1.0)",
+        "refuse_to_compile_a_loop()",
+    ],
+)
+def test_one_graph_whatever_the_routing_or_a_reason(call):
     # In a process of its own, as the checks of shapes in signatures cannot be compiled.
-    script = f"import torch, test_moe; test_moe.compile_and_compare({dtype})"
+    script = f"import torch, test_moe; test_moe.{call}"
     path = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parent.parent)])
     done = subprocess.run(
         [sys.executable, "-c", script], env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True

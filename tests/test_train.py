@@ -124,7 +124,9 @@ def test_auxiliary_losses_are_those_of_each_layer_added_up(corpus, compiled, mon
 
 def test_the_switch_loss_balances_what_nothing_else_does(corpus, tmp_path):
     moe = TINY.moe.replace(load_balance_coeff=None)
-    config = dataclasses.replace(CONFIG, model=dataclasses.replace(TINY, moe=moe), steps=40, log_every=40, save_every=40)
+    config = dataclasses.replace(
+        CONFIG, model=dataclasses.replace(TINY, moe=moe), steps=40, log_every=40, save_every=40
+    )
     spread = {}
     for coeff in (0.0, 1.0):
         train(dataclasses.replace(config, switch_coeff=coeff), corpus, tmp_path / str(coeff))
@@ -154,7 +156,9 @@ def test_too_little_text_is_refused(corpus):
         Trainer(CONFIG, short, "cpu").advance()
 
 
-@pytest.mark.parametrize("change", [{"steps": 0}, {"dtype": "int8"}, {"learning_rate": float("nan")}, {"z_coeff": -1.0}])
+@pytest.mark.parametrize(
+    "change", [{"steps": 0}, {"dtype": "int8"}, {"learning_rate": float("nan")}, {"z_coeff": -1.0}]
+)
 def test_bad_settings_are_refused_by_name(change):
     with pytest.raises(ValueError, match=next(iter(change))):
         dataclasses.replace(CONFIG, **change)

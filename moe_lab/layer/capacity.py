@@ -25,7 +25,7 @@ def drop_over_capacity(
     `probs` keeps the highest final gates (Megatron-Core's default), of equal ones the earliest; `position` keeps the
     earliest. Earlier is a lower token, then a lower slot; with `slot_major` every token's first choice comes before
     any second one (GShard, arXiv:2006.16668). Dropped assignments get id -1 and gate 0; the gates that stay are
-    not normalised again. Counts become those that are kept.
+    not normalised again. Counts become those that are kept; `requested_E` keeps what was asked for.
     """
     check_choice("policy", policy, ("probs", "position"))
     num_tokens, top_k = routing.expert_ids_TK.shape
@@ -38,7 +38,10 @@ def drop_over_capacity(
         kept_TK = _kept(ids_TK, gates_TK, policy, room, num_experts)
     ids_TK = ids_TK.masked_fill(~kept_TK, -1)
     return routing._replace(
-        gates_TK=gates_TK.masked_fill(~kept_TK, 0), expert_ids_TK=ids_TK, counts_E=count(ids_TK, num_experts)
+        gates_TK=gates_TK.masked_fill(~kept_TK, 0),
+        expert_ids_TK=ids_TK,
+        counts_E=count(ids_TK, num_experts),
+        requested_E=routing.counts_E if routing.requested_E is None else routing.requested_E,
     )
 
 

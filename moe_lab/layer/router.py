@@ -22,7 +22,8 @@ class Routing(NamedTuple):
 
     `gates_TK` float32 weights of the chosen experts; `expert_ids_TK` int64, -1 where the assignment was dropped
     (its gate is 0); `scores_TE` and `logits_TE` before the choice; `counts_E` int64 assignments kept by each
-    expert. Kept plus dropped assignments are T*K.
+    expert. Kept plus dropped assignments are T*K. `requested_E`: what each expert was asked for before drops, None
+    where nothing was dropped.
     """
 
     gates_TK: Float[Tensor, "T K"]
@@ -30,6 +31,7 @@ class Routing(NamedTuple):
     scores_TE: Float[Tensor, "T E"]
     logits_TE: Float[Tensor, "T E"]
     counts_E: Int[Tensor, " E"]
+    requested_E: Int[Tensor, " E"] | None = None
 
     @property
     def num_dropped(self) -> int:
