@@ -4,7 +4,15 @@ import pytest
 import torch
 
 from moe_lab.study.counts import CountsTrace
-from moe_lab.study.history import chance_dead, churn, count_imbalance, dead_experts, trajectories, window_counts
+from moe_lab.study.history import (
+    chance_dead,
+    churn,
+    count_imbalance,
+    dead_experts,
+    step_counts,
+    trajectories,
+    window_counts,
+)
 from moe_lab.study.load import imbalance
 from moe_lab.study.metrics import load_imbalance
 from synthetic import synthetic_trace
@@ -78,3 +86,8 @@ def test_churn_by_hand():
 def test_independent_routings_churn_as_chance_does():
     first, second = (trace_of(torch.rand(1, 20_000, 16).topk(4).indices, 16) for _ in range(2))
     assert churn([first, second]).item() == pytest.approx(1 - 4 / 16, abs=0.01)
+
+
+def test_steps_are_those_that_documents_name():
+    with pytest.raises(ValueError, match="documents of this trace name no step"):
+        step_counts(synthetic_trace())

@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+from itertools import product
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from moe_lab.cli import main
 from moe_lab.layer.router import route
 from moe_lab.study.compare import reproduced
 from moe_lab.study.files import read_logits, read_routed_experts
+from moe_lab.study.history import step_counts
 from moe_lab.study.importers import from_routed_experts
 from moe_lab.study.megatron import megatron_parts
 from moe_lab.study.writer import write_trace
@@ -46,6 +48,8 @@ def test_an_attention_mask_makes_documents_and_padding():
     assert trace.document_T.tolist() == [0] * 4 + [1] * 4 + [2] * 4
     assert trace.position_T.tolist() == [0, 1, 2, 3] * 3
     assert trace.counts_LE.sum(dim=1).tolist() == [10 * K] * 2
+    named = RoutingTrace.from_router_logits(logits_of(), RouterConfig(), K, valid=mask, step=7, rank=1, micro_batch=0)
+    assert [(d.step, d.rank, d.micro_batch) for d in named.info.documents] == [(7, 1, 0)] * 3
     folded = RoutingTrace.from_router_logits([x.view(3, 4, E) for x in logits_of()], RouterConfig(), K)
     assert folded.document_T.tolist() == trace.document_T.tolist()
 
@@ -112,10 +116,22 @@ def test_routed_experts_become_documents():
     assert np.array_equal(trace.expert_ids_LTK[1].numpy(), np.concatenate(sequences)[:, 2])
 
 
+def test_padding_of_routed_experts_counts_nowhere():
+    sequences = sequences_of(3, 2)
+    trace = from_routed_experts(sequences, E, valid=[torch.tensor([True, False, True]), np.array([False, True])])
+    assert trace.valid_T.tolist() == [True, False, True, False, True]
+    assert trace.counts_LE.sum(dim=1).tolist() == [3 * K] * 3
+
+
 @pytest.mark.parametrize(
     ("sequences", "fields", "message"),
     [
         ([], {}, "non-empty list"),
+        (
+            sequences_of(2),
+            {"valid": [np.array([True])]},
+            r"valid must be a mask \(tokens,\) for each of the 1 sequences",
+        ),
         ([np.zeros((2, 3), int)], {}, "integer arrays"),
         ([np.zeros((2, 3, 2))], {}, "integer arrays"),
         ([*sequences_of(2), *sequences_of(2, layers=2)], {}, "differ in layers or K"),
@@ -185,6 +201,14 @@ def test_megatron_ids_are_kept_and_what_logits_say_is_reported(tmp_path):
     assert trace.info.layers == (1, 3)
     assert trace.domains == ("rank 0", "rank 11")
     assert trace.info.documents[1].name == "rank 0/step 0/forward 1"
+    assert [(d.rank, d.step, d.micro_batch) for d in trace.info.documents] == list(product((0, 11), (0, 1), (0, 1)))
+    part = trace.select(step=1, rank=11)
+    assert part.num_tokens == 10
+    assert torch.equal(part.select(micro_batch=1).expert_ids_LTK, trace.select(document=7).expert_ids_LTK)
+    counts = step_counts(trace)
+    assert (counts.steps, counts.layers, counts.ranks) == ((0, 1), (1, 3), (0, 11))
+    assert torch.equal(counts.select(step=1, rank=11).counts_LE, part.counts_LE)
+    assert torch.equal(counts.counts_LE, trace.counts_LE)
     assert trace.num_tokens == 2 * 2 * 2 * 5
     again = []
     for document, (rank, step, forward) in enumerate((r, s, f) for r in (0, 11) for s in range(2) for f in range(2)):

@@ -190,8 +190,8 @@ class Trainer:
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
         if not norm.isfinite():
             raise TrainingDiverged(
-                f"step {self.step + 1}: loss {losses.cross_entropy.item()}, gradient norm {norm.item()}; the weights and the last "
-                "checkpoint are from before it"
+                f"step {self.step + 1}: loss {losses.cross_entropy.item()}, gradient norm {norm.item()}; "
+                "the weights and the last checkpoint are from before it"
             )
         self.optimizer.step()
         counts_LE = torch.stack([moe.tokens_per_expert_E for moe in self.model.moe_layers])

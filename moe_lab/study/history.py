@@ -58,6 +58,25 @@ def window_counts(trace: RoutingTrace, tokens: int, *, shuffle: bool = True) -> 
     return CountsTrace(counts_SLRE, tuple(range(steps)), trace.info.layers, (0,))
 
 
+def step_counts(trace: RoutingTrace) -> CountsTrace:
+    """A trace of a run as counts over the steps and ranks that its documents name.
+
+    `ValueError` for documents without a step; those without a rank are rank 0's.
+    """
+    documents = [trace.info.documents[d] for d in trace.present_documents]
+    if not documents or any(document.step is None for document in documents):
+        raise ValueError("documents of this trace name no step: choose windows of it with window_counts")
+    steps = sorted({document.step for document in documents if document.step is not None})
+    ranks = sorted({document.rank or 0 for document in documents})
+    cell_G = torch.full((len(trace.info.documents),), -1)
+    for d in trace.present_documents:
+        document = trace.info.documents[d]
+        cell_G[d] = steps.index(document.step) * len(ranks) + ranks.index(document.rank or 0)  # type: ignore[arg-type]
+    counts_LGE = trace.counts_by(cell_G[trace.document_T.long()], len(steps) * len(ranks))
+    counts_SLRE = counts_LGE.unflatten(1, (len(steps), len(ranks))).transpose(0, 1).contiguous()
+    return CountsTrace(counts_SLRE, tuple(steps), trace.info.layers, tuple(ranks))
+
+
 def count_imbalance(counts: CountsTrace, top_k: int) -> Imbalance:
     """Load of every layer beside chance, as `imbalance` gives it for a trace: each step is a window.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 
@@ -20,6 +21,7 @@ def from_routed_experts(
     sequences: Sequence[np.ndarray | Tensor],
     num_experts: int,
     *,
+    valid: Sequence[np.ndarray | Tensor] | None = None,
     router: RouterConfig | None = None,
     layers: Sequence[int] | None = None,
     model: str = "",
@@ -30,7 +32,8 @@ def from_routed_experts(
 
     vLLM's `prompt_routed_experts` and `routed_experts` (docs.vllm.ai, "Routed Experts Replay"), SGLang's
     `return_routed_experts` after reshaping. Each sequence is a document. Ids only: the order of a token's experts
-    is the server's, gates and logits are not known. `layers` picks and numbers the layers (all, from 0).
+    is the server's, gates and logits are not known. `valid` is a mask (tokens,) a sequence, False for padding;
+    `layers` picks and numbers the layers (all, from 0).
 
     Raises `ValueError` for arrays that are not so, ids that no expert has, and for layers whose every slot is
     the same expert: where a model is dense, servers fill in zeros.
@@ -54,9 +57,15 @@ def from_routed_experts(
                 f"layer {layer} sends every token's {top_k} choices to expert {int(ids_TK[0, 0])}: a dense layer's "
                 "placeholder? Leave it out with layers="
             )
+    valid_T = torch.ones(ids_LTK.shape[1], dtype=torch.bool)
+    if valid is not None:
+        masks = [torch.as_tensor(mask) for mask in valid]
+        if [tuple(mask.shape) for mask in masks] != [(len(part),) for part in parts]:
+            raise ValueError(f"valid must be a mask (tokens,) for each of the {len(parts)} sequences")
+        valid_T = torch.cat(masks).bool()
     documents = [Document(f"sequence {i}", "unlabelled", "", 0, max(1, len(part))) for i, part in enumerate(parts)]
     info = provenance(router or RouterConfig(), num_experts, top_k, chosen, documents, model, source, licence)
-    return of_documents(info, ids_LTK, None, [len(part) for part in parts])
+    return dataclasses.replace(of_documents(info, ids_LTK, None, [len(part) for part in parts]), valid_T=valid_T)
 
 
 def integers(name: str, value: object, shape: tuple[int, ...]) -> Tensor:

@@ -13,6 +13,7 @@ from moe_lab.config import RouterConfig, check_int
 MAX_EXPERTS = 2**15 - 1  # ids are stored in int16 at most
 MAX_JSON = 2**24
 FORMAT = 1
+FORWARD_FIELDS = ("step", "rank", "micro_batch")
 
 
 def _check_text(name: str, value: object, *, empty: bool = True) -> None:
@@ -34,6 +35,7 @@ class Document:
     `name` is a path relative to its root, such as "stdlib:json/decoder.py"; `domain` the kind of text.
     `sha256` is of the whole source file (64 hex digits; "" where there is no file). `offset` is the byte
     where the span starts in the file, `length` its length in tokens: bytes, for a model that reads bytes.
+    `step`, `rank` and `micro_batch` say in which forward of a run it was, None where that is not known.
     """
 
     name: str
@@ -41,6 +43,9 @@ class Document:
     sha256: str
     offset: int
     length: int
+    step: int | None = None
+    rank: int | None = None
+    micro_batch: int | None = None
 
     def __post_init__(self) -> None:
         _check_text("document name", self.name, empty=False)
@@ -52,6 +57,9 @@ class Document:
             raise ValueError(f"document sha256={self.sha256!r} must be 64 hex digits, or '' for no file")
         check_int("document offset", self.offset, 0)
         check_int("document length", self.length, 1, 2**31 - 1)
+        for name in FORWARD_FIELDS:
+            if getattr(self, name) is not None:
+                check_int(f"document {name}", getattr(self, name), 0, 2**62)
 
 
 @dataclass(frozen=True)
@@ -91,7 +99,9 @@ class TraceInfo:
 
     def to_json(self) -> str:
         """One line of JSON that `from_json` reads back to an equal value."""
-        return json.dumps({"format": FORMAT, **dataclasses.asdict(self)}, ensure_ascii=True)
+        values = dataclasses.asdict(self)
+        values["documents"] = [{k: v for k, v in d.items() if v is not None} for d in values["documents"]]
+        return json.dumps({"format": FORMAT, **values}, ensure_ascii=True)
 
     @classmethod
     def from_json(cls, text: str) -> TraceInfo:

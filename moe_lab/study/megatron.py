@@ -54,9 +54,9 @@ def megatron_parts(
     `moe_lab.study.compare.reproduced`. The first `router_state_rank{rank}.pt` (`--moe-routing-trace-dump-weights`)
     gives the balancing bias, and the score function where `router` is not given.
 
-    A document is one rank's forward in one step (micro-batches in their order; a recomputed forward counts again,
-    the files do not tell), its domain the rank. Of multi-token-prediction blocks and others only `block` is read.
-    One step of one rank is in memory at a time. Without logits, `num_experts` must be given.
+    A document is one rank's forward in one step (its `micro_batch` the forward's number: a recomputed forward counts
+    again, the files do not tell), its domain the rank. Of multi-token-prediction blocks and others only `block` is
+    read. One step of one rank is in memory at a time. Without logits, `num_experts` must be given.
 
     Raises `ValueError`, naming file and line, for what such a folder cannot hold, and for ranks of different
     pipeline stages, whose layers differ: choose `ranks` of one stage.
@@ -211,7 +211,7 @@ def _trace(
         ids_LTK, gates_LTK = _by_logit(ids_LTK, logits, config)
     lengths = [len(forward[layers[0]].ids_TK) for forward in forwards]
     documents = [
-        Document(f"rank {rank}/step {step}/forward {i}", f"rank {rank}", "", 0, max(1, length))
+        Document(f"rank {rank}/step {step}/forward {i}", f"rank {rank}", "", 0, max(1, length), step, rank, i)
         for i, length in enumerate(lengths)
     ]
     info = provenance(config, num_experts, top_k, layers, documents, *names)

@@ -81,20 +81,20 @@ class RoutingTrace:
         return self.info.top_k
 
     @cached_property
-    def _present_documents(self) -> tuple[int, ...]:
+    def present_documents(self) -> tuple[int, ...]:
         """Documents that have tokens here, in order of first appearance."""
         return tuple(dict.fromkeys(torch.unique_consecutive(self.document_T).tolist()))
 
     @cached_property
     def domains(self) -> tuple[str, ...]:
         """Domains that have tokens here, in order of first appearance."""
-        return tuple(dict.fromkeys(self.info.documents[d].domain for d in self._present_documents))
+        return tuple(dict.fromkeys(self.info.documents[d].domain for d in self.present_documents))
 
     @cached_property
     def domain_T(self) -> Int[Tensor, " T"]:
         """Index into `domains` of every token, int64."""
         domain_G = torch.zeros(len(self.info.documents), dtype=torch.int64)
-        for document in self._present_documents:
+        for document in self.present_documents:
             domain_G[document] = self.domains.index(self.info.documents[document].domain)
         return domain_G[self.document_T.long()]
 
@@ -138,14 +138,17 @@ class RoutingTrace:
         layer: int | None = None,
         domain: str | None = None,
         document: int | None = None,
+        step: int | None = None,
+        rank: int | None = None,
+        micro_batch: int | None = None,
         start: int = 0,
         tokens: int | None = None,
     ) -> RoutingTrace:
         """The part of one layer (a number from `info.layers`), domain, document (an index into
-        `info.documents`) and window: `tokens` tokens from `start` of what the others left.
+        `info.documents`), step, rank, micro-batch, and window: `tokens` tokens from `start` of what the others left.
 
         Views of this trace wherever the tokens kept are one range; otherwise (a domain in several pieces) a
-        copy. Raises `ValueError` for a layer, domain or document that is not here and a window past the end.
+        copy. Raises `ValueError` for what is not here and a window past the end.
         """
         trace = self
         if layer is not None:
@@ -155,9 +158,12 @@ class RoutingTrace:
                 raise ValueError(f"domain={domain!r} is not here: choose one of {', '.join(self.domains)}")
             trace = trace._tokens(_positions(trace.domain_T == trace.domains.index(domain)))
         if document is not None:
-            if document not in trace._present_documents:
-                raise ValueError(f"document={document!r} has no tokens here: {trace._present_documents} do")
+            if document not in trace.present_documents:
+                raise ValueError(f"document={document!r} has no tokens here: {trace.present_documents} do")
             trace = trace._tokens(_positions(trace.document_T == document))
+        for name, value in (("step", step), ("rank", rank), ("micro_batch", micro_batch)):
+            if value is not None:
+                trace = trace._forwards(name, value)
         if start == 0 and tokens is None:
             return trace
         check_int("start", start, 0, max(0, trace.num_tokens - 1))
@@ -190,6 +196,14 @@ class RoutingTrace:
             if (value := getattr(self, name)) is not None
         }
         return self._with(info=dataclasses.replace(self.info, layers=(layer,)), **parts)
+
+    def _forwards(self, name: str, value: int) -> RoutingTrace:
+        known = {d: getattr(self.info.documents[d], name) for d in self.present_documents}
+        if value not in known.values():
+            raise ValueError(f"{name}={value!r} has no tokens here: {sorted(set(known.values()) - {None})!r:.80} have")
+        wanted_G = torch.zeros(len(self.info.documents), dtype=torch.bool)
+        wanted_G[[document for document, own in known.items() if own == value]] = True
+        return self._tokens(_positions(wanted_G[self.document_T.long()]))
 
     def _tokens(self, index: slice | Tensor) -> RoutingTrace:
         parts = {name: getattr(self, name)[index] for name in TOKEN_FIELDS}
@@ -271,6 +285,9 @@ class RoutingTrace:
         valid: Tensor | None = None,
         expert_bias_LE: Tensor | None = None,
         layers: Sequence[int] | None = None,
+        step: int | None = None,
+        rank: int | None = None,
+        micro_batch: int | None = None,
         model: str = "",
         source: str = "",
         licence: str = "",
@@ -278,7 +295,8 @@ class RoutingTrace:
         """What a router chooses from logits that somebody kept: one tensor a layer, (T, E) or (B, L, E).
 
         Made for `output_router_logits` of transformers, whose tensors are (B*L, E). `valid` is the attention mask:
-        (B, L), each row a document of its own, or (T,). `expert_bias_LE` is the balancing bias, if there was one.
+        (B, L), each row a document of its own, or (T,). `expert_bias_LE` is the balancing bias, if there was one;
+        `step`, `rank` and `micro_batch` say which forward of a run it was.
         Ids and gates are computed here, in float32 (float64 for such logits): as exact as the logits, whose near
         ties may have gone the other way.
 
@@ -308,7 +326,10 @@ class RoutingTrace:
                 num_experts=flat[0].shape[1],
                 top_k=top_k,
                 layers=tuple(range(len(flat)) if layers is None else layers),
-                documents=tuple(Document(f"sequence {b}", "unlabelled", "", 0, max(length, 1)) for b in range(rows)),
+                documents=tuple(
+                    Document(f"sequence {b}", "unlabelled", "", 0, max(length, 1), step, rank, micro_batch)
+                    for b in range(rows)
+                ),
             ),
             expert_ids_LTK=torch.stack([r.expert_ids_TK for r in routings]).to(small_dtype(flat[0].shape[1])),
             gates_LTK=torch.stack([half("gates", r.gates_TK) for r in routings]),
