@@ -225,9 +225,9 @@ def test_ones_own_file_is_opened_by_path(panel, tmp_path):
 
 def test_a_file_that_is_no_trace_is_said_inside(panel, tmp_path):
     (tmp_path / "poem.txt").write_text("no trace <b>at all</b>")
-    for name in ("missing.safetensors", "poem.txt"):
+    for name, said in (("missing.safetensors", "does not exist"), ("poem.txt", "is no routing that is known")):
         panel.file.value = str(tmp_path / name)
-        assert f"{name}' is not a readable routing trace" in panel.error
+        assert f"{name}' {said}" in panel.error
         assert panel.source.value == "synthetic"
     panel.layer.value = 1
     assert panel.error == ""

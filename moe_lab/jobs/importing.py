@@ -78,6 +78,66 @@ def main(args: argparse.Namespace) -> None:
         print(f"to {100 * float(shares.min()):.2f} % in layer {trace.info.layers[int(shares.argmin())]}, the worst")
 
 
+def read_source(
+    path: str | Path,
+    *,
+    top_k: int | None = None,
+    num_experts: int | None = None,
+    router: RouterConfig | None = None,
+) -> RoutingTrace | CountsTrace:
+    """Whatever routing is kept at a path, by what it holds: a trace, or what `moe-lab import` turns into one.
+
+    A folder is Megatron-Core's; CSV and JSON with counts are counts; tensors of floating-point numbers are logits
+    (`top_k` needed), of integers expert ids (`num_experts` needed). Raises `ValueError` for what is none of these,
+    naming what is missing.
+    """
+    path = Path(path).expanduser()
+    if path.is_dir():
+        return RoutingTrace.concatenate(list(megatron_parts(path, router=router, num_experts=num_experts)))
+    if not path.exists():
+        raise ValueError(f"{str(path)!r} does not exist")
+    if path.suffix == ".csv":
+        return CountsTrace.load(path, num_experts=num_experts)
+    readers = {
+        ".safetensors": (_as_trace, _as_logits, _as_ids),
+        ".json": (_as_counts, _as_ids),
+        ".jsonl": (_as_ids,),
+        ".npy": (_as_ids,),
+        ".npz": (_as_ids,),
+    }.get(path.suffix, (_as_logits, _as_ids))
+    reasons = []
+    for read in readers:
+        try:
+            return read(path, top_k, num_experts, router)
+        except ValueError as error:
+            reasons.append(f"{read.__name__.removeprefix('_as_')}: {error}")
+    raise ValueError(f"{str(path)!r} is no routing that is known. As " + "; as ".join(reasons))
+
+
+def _as_trace(path: Path, top_k: int | None, num_experts: int | None, router: RouterConfig | None) -> RoutingTrace:
+    return RoutingTrace.load(path)
+
+
+def _as_counts(path: Path, top_k: int | None, num_experts: int | None, router: RouterConfig | None) -> CountsTrace:
+    return CountsTrace.load(path, num_experts=num_experts)
+
+
+def _as_logits(path: Path, top_k: int | None, num_experts: int | None, router: RouterConfig | None) -> RoutingTrace:
+    logits, mask = read_logits(path)
+    if not all(layer.is_floating_point() for layer in logits):
+        raise ValueError("its tensors hold integers")
+    if top_k is None:
+        raise ValueError("top_k is needed: logits do not say how many experts were chosen")
+    return RoutingTrace.from_router_logits(logits, router or RouterConfig(), top_k, valid=mask, source=path.name)
+
+
+def _as_ids(path: Path, top_k: int | None, num_experts: int | None, router: RouterConfig | None) -> RoutingTrace:
+    sequences = read_routed_experts(path, top_k=top_k)
+    if num_experts is None:
+        raise ValueError("num_experts is needed: experts that nobody chose leave no sign in ids")
+    return from_routed_experts(sequences, num_experts, router=router, source=path.name)
+
+
 def _router(args: argparse.Namespace) -> RouterConfig | None:
     if args.preset:
         return PRESETS[args.preset].router

@@ -48,22 +48,37 @@ def churn_over_steps(steps: Sequence[int], layers: Sequence[int], churn_SL: Floa
     return OverSteps("churn", tuple(steps[1:]), tuple(layers), churn_SL)
 
 
-def lines(result: OverSteps, *, chance: float | None = None, title: str = "Load over steps") -> Figure:
+def lines(
+    result: OverSteps,
+    *,
+    chance: float | None = None,
+    title: str = "Load over steps",
+    size: tuple[int, int] = (WIDTH, 260),
+) -> Figure:
     """One line a layer, many from light to dark; chance dashed."""
     depth = len(result.layers)
+    small = size[0] < 600
     with theme.style():
-        drawn = theme.figure(WIDTH, 260)
-        axes = inset(drawn, left=52, right=110, bottom=40, top=44)
+        drawn = theme.figure(*size)
+        axes = inset(drawn, left=40 if small else 52, right=52 if small else 110, bottom=34 if small else 40, top=44)
         heading(axes, title, f"{result.name} by layer" + (" · dashed: chance" if chance is not None else ""))
         for i, layer in enumerate(result.layers):
             colour = SERIES[i] if depth <= len(SERIES) else theme.SHARE_MAP(0.25 + 0.75 * i / (depth - 1))
             values = result.values_SL[:, i].numpy()
-            axes.plot(result.steps, values, color=colour, lw=1.2, marker="o", ms=3, label=f"layer {layer}")
+            axes.plot(
+                result.steps,
+                values,
+                color=colour,
+                lw=1.2,
+                marker="o",
+                ms=3,
+                label=str(layer) if small else f"layer {layer}",
+            )
         if chance is not None:
             axes.axhline(chance, color=MUTED, lw=1, ls=(0, (4, 2)))
         axes.set_xlabel("step", color=MUTED)
         axes.set_ylabel(result.name, labelpad=2)
         axes.grid(axis="y")
         if depth <= 12:
-            axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
+            axes.legend(loc="upper left", bbox_to_anchor=(1, 1), title="layer" if small else None, handlelength=1)
     return drawn

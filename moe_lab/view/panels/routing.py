@@ -11,6 +11,7 @@ import ipywidgets as widgets
 
 from moe_lab import data
 from moe_lab.config import check_choice
+from moe_lab.jobs.importing import read_source
 from moe_lab.study.load import ALL_DOMAINS, Load
 from moe_lab.study.trace import Document, RoutingTrace
 from moe_lab.view import plots, theme
@@ -78,7 +79,7 @@ class RoutingPanel(Panel):
         names = list(self._traces)
         self.source = control(widgets.Dropdown, "source", "146px", options=names, value=source)
         self.file = control(widgets.Text, "your trace", "172px", continuous_update=False)
-        self.file.placeholder = "path of a .safetensors"
+        self.file.placeholder = "path of a trace or dump"
         self.layer = control(widgets.IntSlider, "layer", "180px", min=0, max=1)
         self.domain = control(widgets.Dropdown, "domain", "155px", options=[ALL_DOMAINS])
         bounds = {"min": 1, "max": 2**31 - 1}
@@ -132,7 +133,7 @@ class RoutingPanel(Panel):
         if not self.file.value.strip():
             return
         try:
-            self._traces[path.name] = RoutingTrace.load(path)
+            self._traces[path.name] = _read_trace(path)
         except ValueError as error:
             self.fail(error)
             return
@@ -235,6 +236,13 @@ class RoutingPanel(Panel):
 
 
 NO_TEXT = "No text to show: it is neither in this environment nor among the pages that come with moe_lab."
+
+
+def _read_trace(path: Path) -> RoutingTrace:
+    read = read_source(path)
+    if not isinstance(read, RoutingTrace):
+        raise ValueError(f"{path.name} holds counts, not tokens: open it with moe_lab.view.panels.open_panel")
+    return read
 
 
 def _bound(slider: widgets.IntSlider, low: int, high: int) -> None:
