@@ -76,7 +76,7 @@ def lines(
             )
         if chance is not None:
             axes.axhline(chance, color=MUTED, lw=1, ls=(0, (4, 2)))
-        axes.set_xlabel("step", color=MUTED)
+        axes.set_xlabel("step", color=MUTED, labelpad=2)
         axes.set_ylabel(result.name, labelpad=2)
         axes.grid(axis="y")
         if depth <= 12:
