@@ -186,7 +186,7 @@ class Trainer:
             group["lr"] = self.config.rate(self.step)
         losses = self.losses(self.batch(self.step))
         self.optimizer.zero_grad(set_to_none=True)
-        sum(losses).backward()
+        (losses.cross_entropy + losses.auxiliary).backward()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
         if not norm.isfinite():
             raise TrainingDiverged(
