@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 
 from moe_lab.config import RouterConfig
-from moe_lab.layer.router import route, score
-from moe_lab.study.trace import Document, RoutingTrace, TraceInfo
+from moe_lab.layer.router import score
+from moe_lab.study.trace import Document, RoutingTrace
 
 DOMAINS = ("python", "cpp", "javascript", "prose", "data")
 
@@ -44,29 +46,17 @@ def synthetic_trace(
         ]
     ).half()
     bias_LE = _balance(logits_LTE.float(), router.score_func) if bias else None
-    routings = [
-        route(logits_TE.float(), router, top_k, expert_bias_E=None if bias_LE is None else bias_LE[i])
-        for i, logits_TE in enumerate(logits_LTE)
-    ]
-    return RoutingTrace(
-        info=TraceInfo(
-            model="synthetic",
-            source="made by formula",
-            licence="",
-            versions={"torch": torch.__version__},
-            router=router,
-            num_experts=experts,
-            top_k=top_k,
-            layers=tuple(range(layers)),
-            documents=documents,
-        ),
-        expert_ids_LTK=torch.stack([r.expert_ids_TK for r in routings]).to(torch.int16),
-        gates_LTK=torch.stack([r.gates_TK for r in routings]).half() if gates else None,
-        logits_LTE=logits_LTE if logits else None,
-        expert_bias_LE=bias_LE,
+    trace = RoutingTrace.from_router_logits(
+        list(logits_LTE), router, top_k, expert_bias_LE=bias_LE, model="synthetic", source="made by formula"
+    )
+    return dataclasses.replace(
+        trace,
+        info=dataclasses.replace(trace.info, documents=documents),
+        expert_ids_LTK=trace.expert_ids_LTK.to(torch.int16),
+        gates_LTK=trace.gates_LTK if gates else None,
+        logits_LTE=trace.logits_LTE if logits else None,
         document_T=document_T.int(),
         position_T=(torch.arange(tokens) % span).int(),
-        valid_T=torch.ones(tokens, dtype=torch.bool),
     )
 
 

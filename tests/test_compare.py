@@ -48,7 +48,7 @@ def test_what_changes_lies_at_small_margins():
     noisy = RoutingTrace.from_router_logits(
         [x.float() + n for x, n in zip(trace.logits_LTE, noise)], trace.info.router, trace.top_k
     )
-    noisy = noisy._with(info=trace.info, document_T=trace.document_T, position_T=trace.position_T)
+    noisy = noisy.unchecked(info=trace.info, document_T=trace.document_T, position_T=trace.position_T)
     got = agreement(trace, noisy)
     assert (got.tokens_L < 1).all()
     assert (got.assignments_L > got.tokens_L).all()
@@ -61,7 +61,7 @@ def test_padding_and_dropped_assignments_do_not_count():
     assert agreement(a, b).tokens_L.tolist() == [1.0]
     ids_LTK = b.expert_ids_LTK.to(torch.int16)
     ids_LTK[0, 0, 1] = -1
-    dropped = b._with(expert_ids_LTK=ids_LTK, gates_LTK=None, logits_LTE=None)
+    dropped = b.unchecked(expert_ids_LTK=ids_LTK, gates_LTK=None, logits_LTE=None)
     got = agreement(dropped, b)
     assert got.assignments_L.tolist() == [1.0]
     assert got.tokens_L.tolist() == [0.5]
@@ -71,7 +71,7 @@ def test_padding_and_dropped_assignments_do_not_count():
 
 def test_a_wrong_configuration_reproduces_less():
     trace = synthetic_trace(tokens=500, bias=True)
-    without = trace._with(expert_bias_LE=None)
+    without = trace.unchecked(expert_bias_LE=None)
     assert (reproduced(without) < 1).all()
     assert (reproduced(without) > 0.3).all()
 
@@ -83,7 +83,7 @@ def test_what_cannot_be_compared_is_refused():
         (synthetic_trace(tokens=500, span=100), "not of the same tokens"),
         (synthetic_trace(tokens=500, experts=8), "num_experts of traces differ"),
         (trace.layer(1), "layers of traces differ"),
-        (trace._with(valid_T=torch.zeros(500, dtype=torch.bool)), "no token is valid in both"),
+        (trace.unchecked(valid_T=torch.zeros(500, dtype=torch.bool)), "no token is valid in both"),
     ]:
         with pytest.raises(ValueError, match=message):
             agreement(trace, other)

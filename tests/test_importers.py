@@ -336,8 +336,8 @@ def test_dropped_ids_and_a_bias_survive_the_writer(tmp_path):
     trace = RoutingTrace.from_router_logits(logits_of(), SIGMOID, K, expert_bias_LE=bias_LE)
     ids_LTK = trace.expert_ids_LTK.to(torch.int16)
     ids_LTK[1, 4, 1] = -1
-    dropped = trace._with(expert_ids_LTK=ids_LTK, gates_LTK=None)
-    whole = trace._with(gates_LTK=None)
+    dropped = trace.unchecked(expert_ids_LTK=ids_LTK, gates_LTK=None)
+    whole = trace.unchecked(gates_LTK=None)
     write_trace(tmp_path / "out", [whole, dropped])
     loaded = RoutingTrace.load(tmp_path / "out")
     assert torch.equal(loaded.expert_ids_LTK, torch.cat([trace.expert_ids_LTK.to(torch.int16), ids_LTK], dim=1))

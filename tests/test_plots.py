@@ -13,11 +13,13 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from moe_lab.config import RouterConfig
+from moe_lab.study.choice import Choice, rerouted
 from moe_lab.study.domains import classify, domain_histograms
 from moe_lab.study.load import imbalance
-from moe_lab.view import plots, theme
-from moe_lab.view.choices import Choice, compare_choices, rerouted
-from moe_lab.view.loads import ratio, window_loads, window_sweep
+from moe_lab.study.windows import ratio, window_loads
+from moe_lab.view import pictures, plots, theme
+from moe_lab.view.choices import compare_choices
+from moe_lab.view.loads import window_sweep
 from moe_lab.view.pages import read_document, tint
 from moe_lab.view.pictures import HeatPicture, LoadPicture
 from moe_lab.view.theme import LESS, MORE, TINTS, WITHIN
@@ -106,7 +108,7 @@ def test_figures_need_no_pyplot_and_show_displays_one_picture(trace, capsys, mon
 
 
 def test_colours_say_more_or_less_than_chance():
-    assert plots.colours(np.array([0.5, 1.0, 1.5]), 0.9, 1.1) == [LESS, WITHIN, MORE]
+    assert pictures.colours(np.array([0.5, 1.0, 1.5]), 0.9, 1.1) == [LESS, WITHIN, MORE]
 
 
 @pytest.mark.parametrize("matrix", ["protan", "deutan"])

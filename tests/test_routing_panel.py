@@ -13,10 +13,10 @@ import torch
 from PIL import Image
 
 from moe_lab.config import PRESETS, MoEConfig, RouterConfig
+from moe_lab.study.choice import Choice, rerouted
 from moe_lab.study.load import imbalance
+from moe_lab.study.windows import ratio
 from moe_lab.view import theme
-from moe_lab.view.choices import Choice, rerouted
-from moe_lab.view.loads import ratio
 from moe_lab.view.panels import RoutingPanel
 from moe_lab.view.panels.choosing import group_options, preset_choice
 from moe_lab.view.panels.latency import measure, random_trace, report

@@ -17,7 +17,7 @@ def trace_of(ids_LTK, experts):
     ids_LTK = torch.as_tensor(ids_LTK)
     logits = [torch.randn(ids_LTK.shape[1], experts) for _ in ids_LTK]
     trace = RoutingTrace.from_router_logits(logits, RouterConfig(), ids_LTK.shape[2])
-    return trace._with(expert_ids_LTK=ids_LTK.to(torch.int16), gates_LTK=None, logits_LTE=None)
+    return trace.unchecked(expert_ids_LTK=ids_LTK.to(torch.int16), gates_LTK=None, logits_LTE=None)
 
 
 def test_pairs_by_hand():
@@ -53,7 +53,7 @@ def test_transitions_by_hand():
 
 
 def test_padding_counts_nowhere():
-    trace = trace_of([[[0, 1], [1, 2], [2, 0]]] * 2, 3)._with(valid_T=torch.tensor([True, False, True]))
+    trace = trace_of([[[0, 1], [1, 2], [2, 0]]] * 2, 3).unchecked(valid_T=torch.tensor([True, False, True]))
     assert co_activation(trace, 0).counts_EE.diagonal().tolist() == [2, 1, 1]
     assert transition(trace, 0, 1)[1].tolist() == [0.5, 0.5, 0.0]
 
@@ -63,7 +63,7 @@ def test_experts_that_each_know_a_domain_tell_everything():
     document_T = torch.arange(120) // 10
     ids_LTK = torch.stack([(document_T % 2)[:, None] * 2 + torch.arange(2), torch.rand(120, 4).topk(2).indices])
     trace = trace_of(ids_LTK, 4)
-    trace = trace._with(
+    trace = trace.unchecked(
         info=dataclasses.replace(trace.info, documents=documents),
         document_T=document_T.int(),
         position_T=(torch.arange(120) % 10).int(),

@@ -13,7 +13,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from moe_lab.layer.router import limit_groups, score
-from moe_lab.study.trace import RoutingTrace, slices
+from moe_lab.study.columns import slices
+from moe_lab.study.trace import RoutingTrace
 
 
 class Agreement(NamedTuple):
@@ -99,7 +100,9 @@ def rounded(trace: RoutingTrace, dtype: torch.dtype) -> RoutingTrace:
     made = RoutingTrace.from_router_logits(
         logits, trace.info.router, trace.top_k, expert_bias_LE=trace.expert_bias_LE, layers=trace.info.layers
     )
-    return made._with(info=trace.info, document_T=trace.document_T, position_T=trace.position_T, valid_T=trace.valid_T)
+    return made.unchecked(
+        info=trace.info, document_T=trace.document_T, position_T=trace.position_T, valid_T=trace.valid_T
+    )
 
 
 def _document_length_T(trace: RoutingTrace) -> Tensor:

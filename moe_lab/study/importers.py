@@ -12,8 +12,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from moe_lab.config import RouterConfig, check_int
+from moe_lab.study.compact import small_dtype
 from moe_lab.study.info import MAX_EXPERTS, Document, TraceInfo
-from moe_lab.study.recorder import small_dtype
 from moe_lab.study.trace import RoutingTrace
 
 

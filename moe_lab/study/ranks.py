@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from moe_lab.config import check_int
+from moe_lab.study.draws import draw_counts
 from moe_lab.study.load import packing_order
-from moe_lab.study.metrics import draw_counts
 from moe_lab.study.trace import RoutingTrace
 
 _DRAWS = 2048

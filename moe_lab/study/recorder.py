@@ -17,7 +17,9 @@ from torch.utils.hooks import RemovableHandle
 from moe_lab.config import RouterConfig, check_int
 from moe_lab.layer.router import TokenChoiceTopKRouter
 from moe_lab.models import hf
+from moe_lab.study.compact import half, small_dtype
 from moe_lab.study.info import MAX_EXPERTS, Document, TraceInfo
+from moe_lab.study.spans import Spans
 
 if TYPE_CHECKING:
     from moe_lab.study.trace import RoutingTrace
@@ -88,12 +90,8 @@ class Recorder:
         self._order: list[nn.Module] = []
         self._bias: dict[nn.Module, Tensor | None] = {}
         self._chunks: list[list[_Decision]] = []
-        self._documents: list[Document] = []
-        self._document_chunks: list[Tensor] = []
-        self._position_chunks: list[Tensor] = []
+        self._spans = Spans()
         self._valid_chunks: list[Tensor] = []
-        self._num_tokens = 0
-        self._queue: list[tuple[int, int]] | None = None  # (document, its next position) still to come
         if documents:
             self.begin(*documents)
 
@@ -126,11 +124,7 @@ class Recorder:
         documents of equal length in one forward, as the rows of a (B, L, D) input. Tokens past the end raise
         `ValueError`.
         """
-        if not documents or not all(isinstance(document, Document) for document in documents):
-            raise ValueError(f"begin needs documents, got {documents!r:.80}")
-        first = len(self._documents)
-        self._documents += documents
-        self._queue = [(first + i, 0) for i in range(len(documents))]
+        self._spans.begin(documents)
 
     def trace(self, *, model: str = "", source: str = "", licence: str = "") -> RoutingTrace:
         """Everything recorded so far. `ValueError` when that is nothing."""
@@ -147,7 +141,7 @@ class Recorder:
             num_experts=self._num_experts,
             top_k=self._top_k,
             layers=_layer_numbers([self._routers[r] for r in self._order]),
-            documents=tuple(self._documents),
+            documents=tuple(self._spans.documents),
         )
         ids, gates, logits = (
             [[decision[part] for decision in layer] for layer in zip(*self._chunks, strict=True)] for part in range(3)
@@ -158,8 +152,8 @@ class Recorder:
             gates_LTK=_stack(gates) if self._gates else None,
             logits_LTE=_stack(logits) if self._logits else None,
             expert_bias_LE=self._stacked_bias(),
-            document_T=torch.cat(self._document_chunks),
-            position_T=torch.cat(self._position_chunks),
+            document_T=torch.cat(self._spans.document_chunks),
+            position_T=torch.cat(self._spans.position_chunks),
             valid_T=torch.cat(self._valid_chunks),
         )
 
@@ -180,9 +174,9 @@ class Recorder:
         if router in self._forward:
             raise ValueError(f"router {name!r} ran twice in one forward: a trace holds one decision a token")
         num_tokens = len(routing.expert_ids_TK)
-        if self._num_tokens + num_tokens > self._max_tokens:
+        if self._spans.num_tokens + num_tokens > self._max_tokens:
             raise ValueError(
-                f"max_tokens={self._max_tokens:,} is too few: {self._num_tokens:,} are recorded and "
+                f"max_tokens={self._max_tokens:,} is too few: {self._spans.num_tokens:,} are recorded and "
                 f"{num_tokens:,} more came"
             )
         bias_E = None if bias_E is None else bias_E.detach().to("cpu", torch.float32, copy=True)
@@ -215,32 +209,9 @@ class Recorder:
             raise ValueError("routers ran in another order than in the forward before")
         self._order = order
         if num_tokens := lengths[self._routers[order[0]]]:
-            self._take_tokens(num_tokens)
+            self._spans.take(num_tokens)
             self._valid_chunks.append(_valid(kwargs.get("attention_mask"), num_tokens))
             self._chunks.append(list(forward.values()))
-
-    def _take_tokens(self, num_tokens: int) -> None:
-        """Give the tokens of one forward their documents and positions."""
-        queue = self._queue
-        if queue is None:
-            name = f"forward {len(self._documents)}"
-            self._documents.append(Document(name, "unlabelled", "", 0, num_tokens))
-            queue = [(len(self._documents) - 1, 0)]
-        left = sum(self._documents[document].length - position for document, position in queue)
-        if num_tokens > left:
-            raise ValueError(f"{num_tokens:,} tokens came where begin() announced {left:,} more")
-        rest, documents, positions = num_tokens, [], []
-        while rest:
-            document, start = queue.pop(0)
-            end = min(self._documents[document].length, start + rest)
-            positions.append(torch.arange(start, end, dtype=torch.int32))
-            documents.append(torch.full((end - start,), document, dtype=torch.int32))
-            rest -= end - start
-            if end < self._documents[document].length:
-                queue.insert(0, (document, end))
-        self._document_chunks += documents
-        self._position_chunks += positions
-        self._num_tokens += num_tokens
 
     def _stacked_bias(self) -> Tensor | None:
         biases = [self._bias[router] for router in self._order]
@@ -289,19 +260,6 @@ def _valid(mask: object, num_tokens: int) -> Tensor:
 
 def _stack(layers: list[list[Tensor]]) -> Tensor:
     return torch.stack([torch.cat(chunks) for chunks in layers])
-
-
-def small_dtype(num_experts: int, *, dropped: bool = False) -> torch.dtype:
-    """The smallest dtype of expert ids: uint8, or int16 for more than 256 experts or to hold -1."""
-    return torch.uint8 if num_experts <= 256 and not dropped else torch.int16
-
-
-def half(name: str, values: Tensor) -> Tensor:
-    """Values as float16 on CPU. `ValueError` for values it cannot hold."""
-    small = values.detach().to("cpu", torch.float16)
-    if not small.isfinite().all():
-        raise ValueError(f"{name} are not finite in float16 (at most 65504): a trace cannot hold them")
-    return small
 
 
 def _same(a: Tensor | None, b: Tensor | None) -> bool:

@@ -12,12 +12,12 @@ from moe_lab.contracts import check_ids
 from moe_lab.study.info import TraceInfo
 
 if TYPE_CHECKING:
-    from moe_lab.study.trace import RoutingTrace
+    from moe_lab.study.columns import Columns
 
 OPTIONAL_FIELDS = ("gates_LTK", "logits_LTE", "expert_bias_LE")
 
 
-def check_layout(trace: RoutingTrace) -> None:
+def check_layout(trace: Columns) -> None:
     """Raise `ValueError` for a tensor of the wrong kind, dtype or shape."""
     if not isinstance(trace.info, TraceInfo):
         raise ValueError(f"info={trace.info!r:.80} must be a TraceInfo")
@@ -47,7 +47,7 @@ def check_layout(trace: RoutingTrace) -> None:
             raise ValueError(f"{name} has shape {tuple(value.shape)}: must be {shape}, like the rest")
 
 
-def check_values(trace: RoutingTrace) -> None:
+def check_values(trace: Columns) -> None:
     """Raise `ValueError` for ids out of range, NaN, and documents or positions that do not exist."""
     check_ids("expert_ids_LTK", trace.expert_ids_LTK, trace.num_experts)
     for name in OPTIONAL_FIELDS:
@@ -77,7 +77,7 @@ def check_values(trace: RoutingTrace) -> None:
         )
 
 
-def check_alike(first: RoutingTrace, other: RoutingTrace) -> None:
+def check_alike(first: Columns, other: Columns) -> None:
     """Raise `ValueError` unless two traces differ in their documents and tokens only."""
     for field in dataclasses.fields(TraceInfo):
         a, b = getattr(first.info, field.name), getattr(other.info, field.name)

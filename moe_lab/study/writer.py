@@ -13,9 +13,10 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
+from moe_lab.study.columns import LAYER_FIELDS, TOKEN_FIELDS
+from moe_lab.study.compact import small_dtype
 from moe_lab.study.info import Document
-from moe_lab.study.recorder import small_dtype
-from moe_lab.study.trace import LAYER_FIELDS, METADATA_KEY, TOKEN_FIELDS, RoutingTrace
+from moe_lab.study.trace import METADATA_KEY, RoutingTrace
 from moe_lab.study.validate import check_alike
 
 # Names of the safetensors format (github.com/huggingface/safetensors, "Format").

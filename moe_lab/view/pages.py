@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 from moe_lab import data
 from moe_lab.jobs.sources import find_source
+from moe_lab.study.choice import Choice
 from moe_lab.study.trace import Document, RoutingTrace
-from moe_lab.view.choices import Choice
 from moe_lab.view.tokens import TintedText, byte_pieces
 
 Reader = Callable[[Document], Sequence[bytes] | None]

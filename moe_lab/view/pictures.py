@@ -23,8 +23,8 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from moe_lab.study.load import Load
+from moe_lab.study.windows import ratio
 from moe_lab.view import theme
-from moe_lab.view.loads import ratio
 from moe_lab.view.text import window_of
 from moe_lab.view.theme import CHANCE, INK, LESS, MORE, MUTED, PICTURE, WITHIN, Pixels
 

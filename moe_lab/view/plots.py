@@ -6,29 +6,26 @@ drawn, so that figures of one kind can be laid side by side.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.collections import PolyCollection
 from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont, get_font
-from matplotlib.lines import Line2D
-from matplotlib.patches import Patch
 from matplotlib.ticker import NullLocator
 
 from moe_lab.study.domains import Classification
 from moe_lab.study.load import ALL_DOMAINS, Imbalance, Load
+from moe_lab.study.windows import ratio
 from moe_lab.view import theme
 from moe_lab.view.choices import ChoiceComparison
-from moe_lab.view.loads import WindowSweep, ratio
-from moe_lab.view.pictures import HeatPicture, LoadPicture, colours, expert_axis, heading, inset, ratio_bar, ratio_image
+from moe_lab.view.loads import WindowSweep
+from moe_lab.view.pictures import HeatPicture, LoadPicture, expert_axis, heading, inset, ratio_bar, ratio_image
+from moe_lab.view.strips import ROOM, caption, end_labels, legend, share_bars, strips
 from moe_lab.view.text import window_of
-from moe_lab.view.theme import CHANCE, INK, LESS, MORE, MUTED, OTHER_TINT, PAPER, PICTURE, WIDTH, WITHIN, Pixels
+from moe_lab.view.theme import CHANCE, INK, LESS, MORE, MUTED, OTHER_TINT, PAPER, PICTURE, WIDTH
 from moe_lab.view.tokens import NEWLINE, TintedText, characters
 
-ROOM = 1.3  # of a strip's width to its ceiling: the busiest expert is named beyond its dot
 CEILINGS = (4, 5, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 
 
@@ -59,14 +56,14 @@ def domains(result: Imbalance, *, ceiling: int | None = None) -> Figure:
     height = 42 + lines * (tall + 26) + 8
     with theme.style():
         drawn = theme.figure(WIDTH, height)
-        _legend(drawn, "Load of experts by domain and layer")
+        legend(drawn, "Load of experts by domain and layer")
         for g, group in enumerate(groups):
             loads = [result.load(layer, group) for layer in result.layers]
             line, column = divmod(g, columns)
             left, top = 34 + column * step, 42 + line * (tall + 26)
             axes = inset(drawn, left=left, right=WIDTH - left - step + 8, top=top, bottom=height - top - tall)
-            _strips(axes, loads, ceiling)
-            _caption(axes, "all" if group == ALL_DOMAINS else group, f"{loads[0].tokens * loads[0].windows:,} tokens")
+            strips(axes, loads, ceiling)
+            caption(axes, "all" if group == ALL_DOMAINS else group, f"{loads[0].tokens * loads[0].windows:,} tokens")
             axes.set_yticks(range(depth), [str(layer) if column == 0 else "" for layer in result.layers])
             if column == 0:
                 axes.set_ylabel("layer", labelpad=2)
@@ -112,7 +109,7 @@ def windows(result: WindowSweep, *, ceiling: int | None = None) -> Figure:
         axes.grid(axis="y")
         ends = {"documents packed\n(middle 90 %)": (result.packed_S, MORE), "tokens mixed": (result.mixed_S, LESS)}
         ends["chance (95 %)"] = (mean_S, MUTED)
-        _end_labels(axes, result.sizes[-1], {name: (float(y_S[-1]), colour) for name, (y_S, colour) in ends.items()})
+        end_labels(axes, result.sizes[-1], {name: (float(y_S[-1]), colour) for name, (y_S, colour) in ends.items()})
     return drawn
 
 
@@ -122,18 +119,18 @@ def choices(result: ChoiceComparison, *, ceiling: int | None = None) -> Figure:
     rows = len(result.names)
     with theme.style():
         drawn = theme.figure(WIDTH, 26 * rows + 116)
-        _legend(drawn, f"The same recorded logits of layer {result.loads[0].layer} under other choices (open-loop)", 20)
+        legend(drawn, f"The same recorded logits of layer {result.loads[0].layer} under other choices (open-loop)", 20)
         place = {"top": 70, "bottom": 38}
         axes = inset(drawn, left=150, right=WIDTH - 570, **place)
-        _strips(axes, result.loads[::-1], ceiling)
+        strips(axes, result.loads[::-1], ceiling)
         axes.set_yticks(range(rows), result.names[::-1])
         axes.tick_params(axis="y", labelcolor=INK)
         axes.set_xlabel("load / mean", labelpad=2)
-        _caption(axes, "load of every expert", window_of(result.loads[0]))
+        caption(axes, "load of every expert", window_of(result.loads[0]))
         shares = {"assignments kept": result.kept_C, "heaviest gate": result.top_gate_C}
         for left, (name, share_C) in zip((596, 750), shares.items(), strict=True):
-            _share_bars(inset(drawn, left=left, right=WIDTH - left - 138, **place), share_C[::-1])
-            _caption(drawn.axes[-1], name, "")
+            share_bars(inset(drawn, left=left, right=WIDTH - left - 138, **place), share_C[::-1])
+            caption(drawn.axes[-1], name, "")
     return drawn
 
 
@@ -201,65 +198,3 @@ def _rows(result: TintedText, columns: int) -> list[list[tuple[str, str]]]:
                 if character == NEWLINE:
                     rows.append([])
     return [row for row in rows if row]
-
-
-def _strips(axes: Axes, loads: Sequence[Load], ceiling: int) -> None:
-    """A row of dots for every load, upwards, the busiest expert named."""
-    for row, load in enumerate(loads):
-        ratio_E, null, experts = ratio(load), load.null, len(load.shares_E)
-        low, high, limit = null.share_low * experts, null.share_high * experts, null.high.max_over_mean
-        axes.barh(row, high - low, left=low, height=0.72, color=CHANCE, lw=0, zorder=1)
-        axes.plot([limit, limit], [row - 0.36, row + 0.36], color=MUTED, lw=1, zorder=2)
-        shown_E, top = np.minimum(ratio_E, ceiling), int(ratio_E.argmax())
-        style: dict[str, Any] = {"s": 9, "alpha": 0.75, "lw": 0, "zorder": 3, "clip_on": False}
-        axes.scatter(shown_E, np.full(experts, row), c=colours(ratio_E, low, high), **style)
-        if ratio_E[top] > limit:
-            place: dict[str, Any] = {"xytext": (3.5, 0), "textcoords": "offset points", "va": "center"}
-            name = f"$\\bf{{{top}}}$ {ratio_E[top]:.1f}"
-            axes.annotate(name, (shown_E[top], row), size=7.5, color=MORE, **place)
-    axes.plot([1, 1], [-0.6, len(loads) - 0.4], color=INK, lw=0.8, zorder=2)
-    axes.set(xlim=(0, ceiling * ROOM), ylim=(-0.6, len(loads) - 0.4), facecolor="none")
-    axes.set_xticks([0, 1, ceiling // 2, ceiling])
-    axes.spines["bottom"].set_bounds(0, ceiling)
-    axes.spines["left"].set_visible(False)
-    axes.tick_params(axis="y", length=0)
-
-
-def _share_bars(axes: Axes, share_N: Sequence[float]) -> None:
-    axes.barh(range(len(share_N)), [100 * share for share in share_N], height=0.5, color=WITHIN)
-    for row, share in enumerate(share_N):
-        place: dict[str, Any] = {"xytext": (3, 0), "textcoords": "offset points", "va": "center"}
-        axes.annotate(f"{100 * share:.0f}", (100 * share, row), size=7.5, **place)
-    axes.set(xlim=(0, 112), ylim=(-0.6, len(share_N) - 0.4), xticks=(0, 50, 100), yticks=())
-    axes.set_xlabel("%", labelpad=2)
-    axes.spines["left"].set_visible(False)
-
-
-def _legend(drawn: Figure, title: str, below: Pixels = 0) -> None:
-    """The title of a figure of strips, and to its right, or `below` it, what its marks mean."""
-    height = drawn.get_figheight() * theme.DPI
-    drawn.text(8 / WIDTH, 1 - 8 / height, title, size=10, va="top")
-    dots = {"more than chance": MORE, "as chance": WITHIN, "less": LESS}
-    marks: list[Any] = [Line2D([], [], ls="", marker="o", ms=4, color=dots[name], label=name) for name in dots]
-    marks.append(Patch(color=CHANCE, label="95 % of experts at random"))
-    marks.append(Line2D([], [], ls="", marker="|", ms=8, color=MUTED, label="the busiest at random"))
-    spacing: dict[str, Any] = {"handletextpad": 0.3, "columnspacing": 1.2, "handlelength": 1.2, "borderpad": 0.2}
-    left = {"loc": "upper left", "bbox_to_anchor": (0, 1 - (4 + below) / height)}
-    place: dict[str, Any] = left if below else {"loc": "upper right", "bbox_to_anchor": (1, 1 - 4 / height)}
-    drawn.legend(handles=marks, ncols=5, labelcolor=MUTED, fontsize=7.5, **place, **spacing)
-
-
-def _caption(axes: Axes, name: str, note: str) -> None:
-    place: dict[str, Any] = {"xycoords": "axes fraction", "textcoords": "offset points"}
-    axes.annotate(name, (0, 1), xytext=(0, 4), weight="bold", size=8, **place)
-    axes.annotate(note, (1, 1), xytext=(0, 4), ha="right", color=MUTED, size=7, **place)
-
-
-def _end_labels(axes: Axes, x: int, ends: dict[str, tuple[float, str]]) -> None:
-    """Names at the ends of lines, kept apart."""
-    low, high = axes.get_ylim()
-    gap, floor = (high - low) * 0.13, -np.inf
-    for name, (y, colour) in sorted(ends.items(), key=lambda item: item[1][0]):
-        floor = max(y, floor + gap)
-        place: dict[str, Any] = {"xytext": (10, 0), "textcoords": "offset points", "va": "center"}
-        axes.annotate(name, (x, floor), color=colour, **place)

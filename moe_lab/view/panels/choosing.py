@@ -7,8 +7,8 @@ import dataclasses
 import ipywidgets as widgets
 
 from moe_lab.config import PRESETS, RouterConfig
+from moe_lab.study.choice import Choice, has_bias
 from moe_lab.study.trace import RoutingTrace
-from moe_lab.view.choices import Choice, has_bias
 from moe_lab.view.panels.base import control
 
 RECORDED, CUSTOM = "as recorded", "custom"

@@ -14,9 +14,9 @@ from PIL import Image
 
 from moe_lab.study.counts import CountsTrace
 from moe_lab.study.history import count_imbalance, trajectories
+from moe_lab.study.windows import WindowLoads, ratio
 from moe_lab.view import history, plots, theme
 from moe_lab.view.history import OverSteps
-from moe_lab.view.loads import WindowLoads, ratio
 from moe_lab.view.panels.base import Panel, control
 from moe_lab.view.panels.routing_forms import METRICS
 from moe_lab.view.pictures import HeatPicture, LoadPicture

@@ -11,8 +11,7 @@ from typing import Any
 import torch
 
 from moe_lab.config import RouterConfig
-from moe_lab.layer.router import route
-from moe_lab.study.trace import Document, RoutingTrace, TraceInfo
+from moe_lab.study.trace import RoutingTrace
 from moe_lab.view.panels.routing import RoutingPanel
 from moe_lab.view.text import table
 
@@ -22,29 +21,9 @@ TEXT = b"The quick brown fox jumps over the lazy dog. "
 def random_trace(*, tokens: int, layers: int, experts: int, top_k: int) -> RoutingTrace:
     """A trace of normal logits: nothing about it is real but its size."""
     draw = torch.Generator().manual_seed(0)
+    logits = [torch.randn(tokens, experts, generator=draw) for _ in range(layers)]
     router = RouterConfig(score_func="sigmoid", route_norm=True)
-    logits_LTE = torch.randn(layers, tokens, experts, generator=draw).half()
-    routings = [route(logits_TE.float(), router, top_k) for logits_TE in logits_LTE]
-    return RoutingTrace(
-        info=TraceInfo(
-            model="random, for timing",
-            source="torch.randn",
-            licence="",
-            versions={"torch": torch.__version__},
-            router=router,
-            num_experts=experts,
-            top_k=top_k,
-            layers=tuple(range(layers)),
-            documents=(Document("random", "random", "", 0, tokens),),
-        ),
-        expert_ids_LTK=torch.stack([routing.expert_ids_TK for routing in routings]).to(torch.int16),
-        gates_LTK=torch.stack([routing.gates_TK for routing in routings]).half(),
-        logits_LTE=logits_LTE,
-        expert_bias_LE=None,
-        document_T=torch.zeros(tokens, dtype=torch.int32),
-        position_T=torch.arange(tokens, dtype=torch.int32),
-        valid_T=torch.ones(tokens, dtype=torch.bool),
-    )
+    return RoutingTrace.from_router_logits(logits, router, top_k, model="random, for timing", source="torch.randn")
 
 
 def measure(panel: RoutingPanel, moves: int = 40) -> dict[str, list[float]]:
@@ -86,7 +65,9 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     trace = random_trace(tokens=args.tokens, layers=args.layers, experts=args.experts, top_k=args.top_k)
-    panel = RoutingPanel(trace, texts={"random": (TEXT * (args.tokens // len(TEXT) + 1))[: args.tokens]})
+    panel = RoutingPanel(
+        trace, texts={trace.info.documents[0].name: (TEXT * (args.tokens // len(TEXT) + 1))[: args.tokens]}
+    )
     size = f"{args.tokens:,} tokens, {args.layers} layers, E {args.experts}, K {args.top_k}, {args.threads} threads"
     print(f"routing panel, in the kernel: {size}")
     print(report(measure(panel)))

@@ -12,10 +12,10 @@ import ipywidgets as widgets
 from moe_lab import data
 from moe_lab.config import check_choice
 from moe_lab.jobs.importing import read_source
+from moe_lab.study.choice import Choice, rerouted
 from moe_lab.study.load import ALL_DOMAINS, Load
 from moe_lab.study.trace import Document, RoutingTrace
 from moe_lab.view import plots, theme
-from moe_lab.view.choices import Choice, rerouted
 from moe_lab.view.pages import read_document
 from moe_lab.view.panels import routing_forms as forms
 from moe_lab.view.panels.base import Panel, control

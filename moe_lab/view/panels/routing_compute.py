@@ -7,11 +7,11 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from moe_lab import data
+from moe_lab.study.choice import Choice, rerouted
 from moe_lab.study.load import Load
 from moe_lab.study.trace import RoutingTrace
+from moe_lab.study.windows import WindowLoads, packed_tokens, window_loads
 from moe_lab.view import plots
-from moe_lab.view.choices import Choice, rerouted
-from moe_lab.view.loads import WindowLoads, packed_tokens, window_loads
 from moe_lab.view.pages import Reader, tint
 from moe_lab.view.tokens import TintedText
 

@@ -13,10 +13,10 @@ import numpy as np
 from PIL import Image
 
 from moe_lab.config import RouterConfig
+from moe_lab.study.choice import Choice
 from moe_lab.study.load import Load
+from moe_lab.study.windows import WindowLoads, ratio
 from moe_lab.view import theme
-from moe_lab.view.choices import Choice
-from moe_lab.view.loads import WindowLoads, ratio
 from moe_lab.view.text import table, window_of
 from moe_lab.view.tokens import TintedText
 
