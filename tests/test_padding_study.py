@@ -9,16 +9,11 @@ from moe_lab import MoE, RouterConfig
 from moe_lab.layer.placement import Placement
 from moe_lab.layer.splits import CountMatrix
 from moe_lab.parallel import VirtualRanks
-from moe_lab.study.padding import (
-    POLICIES,
-    count_matrix,
-    forced_view,
-    micro_batches,
-    overhead,
-    sweep_threshold,
-    traffic,
-    worst_overhead,
-)
+from moe_lab.study.batches import count_matrix, micro_batches
+from moe_lab.study.forced import forced_view
+from moe_lab.study.padding import POLICIES, overhead, worst_overhead
+from moe_lab.study.threshold import sweep_threshold
+from moe_lab.study.traffic import traffic
 from test_splits import count_matrices
 
 # Two ranks, two experts each. Rank 0 sends [4 | 1, 1 ...]: by hand below.
