@@ -1,0 +1,164 @@
+"""Training on many ranks that equals one: experts spread over `ep`, every weight cut over all ranks by FSDP2.
+
+Each rank brings other tokens and has the mean loss over its own. What is trained is the mean of those over all ranks:
+on equal shares of a batch, the batch's mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed._composable import checkpoint
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.func import functional_call
+
+from moe_lab.config import MoEConfig, check_int
+from moe_lab.layer.experts import GroupedExperts
+from moe_lab.layer.moe import MoE
+from moe_lab.parallel.wire import compare_settings, wire, without_weights
+
+MESH_DIMS = ("dp", "ep")
+
+
+def make_mesh(ep: int, *, device: str = "cpu") -> DeviceMesh:
+    """All ranks as (dp, ep): neighbours share the experts. `ValueError` unless `ep` divides the ranks."""
+    check_int("ep", ep, 1)
+    if dist.get_world_size() % ep:
+        raise ValueError(f"ep={ep} must divide the {dist.get_world_size()} ranks")
+    return init_device_mesh(device, (dist.get_world_size() // ep, ep), mesh_dim_names=MESH_DIMS)
+
+
+def expert_dim(config: MoEConfig, name: str, dp: int, ep: int) -> int:
+    """The dimension that FSDP cuts an expert weight along: experts, or with more ranks than experts the next one.
+
+    That next one, F for w1 and w3 and D for w2, has to divide; else it is experts after all, and some ranks hold none.
+    """
+    size = config.dim if name.startswith(("w2", "b2")) else config.hidden_dim
+    return 1 if dp * ep > config.num_experts and size % dp == 0 else 0
+
+
+def check_layout(config: MoEConfig, dp: int, ep: int) -> None:
+    """`ValueError` naming what does not divide."""
+    if config.num_experts % ep:
+        raise ValueError(f"num_experts={config.num_experts} must divide over ep={ep} ranks")
+    for name in ("w1_EFD", "w2_EDF"):
+        local = config.num_experts // ep
+        if ep > 1 and expert_dim(config, name, dp, ep) == 0 and local % dp:
+            field, size = ("dim", config.dim) if name == "w2_EDF" else ("hidden_dim", config.hidden_dim)
+            raise ValueError(
+                f"num_experts={config.num_experts} on dp={dp} x ep={ep} ranks: the {local} experts of a rank must "
+                f"divide over dp={dp}, or with more ranks than experts {field}={size} must"
+            )
+
+
+class ShardedExperts(nn.Module):
+    """One rank's experts, whose weights are cut along experts over `ep` and keep their names and whole shapes."""
+
+    def __init__(self, experts: GroupedExperts, mesh: DeviceMesh) -> None:
+        super().__init__()
+        local = len(experts.w1_EFD) // mesh.size()
+        self.__dict__["products"] = without_weights(experts, local)  # a stand-in, not a child: its weights are ours
+        for name, weight in experts.named_parameters():
+            cut = distribute_tensor(weight.detach(), mesh, [Shard(0)], src_data_rank=None)
+            self.register_parameter(name, nn.Parameter(cut, requires_grad=weight.requires_grad))
+
+    def forward(self, x_RD: Tensor, ends_E: Tensor) -> Tensor:
+        """As `GroupedExperts`, of the experts here."""
+        weights = {name: weight.to_local() for name, weight in self.named_parameters()}  # type: ignore[attr-defined]
+        return functional_call(self.products, weights, (x_RD, ends_E))
+
+
+def shard_moe(
+    model: nn.Module, mesh: DeviceMesh, *, dtype: torch.dtype | None = None, checkpointing: bool = False
+) -> nn.Module:
+    """Spread `model`, built alike on every rank, over a (dp, ep) mesh, in place. Before an optimizer is made.
+
+    Each module that holds an `MoE` is gathered and reduced as a unit, and what is left with the model. Dense weights
+    are cut over all ranks; expert weights Shard(0) over `ep`, then by `expert_dim` over `dp`. Gradients are those of
+    the mean loss over all ranks. `dtype`: weights but the gates' are rounded to it in forward and backward; gradients
+    are reduced in float32. `checkpointing`: those units keep only their input and run again in backward.
+
+    Raises the same `ValueError` on every rank for a mesh or a layer that does not fit, or settings that differ.
+    """
+    if mesh.mesh_dim_names != MESH_DIMS:
+        raise ValueError(f"mesh has dimensions {mesh.mesh_dim_names}: must have {MESH_DIMS}")
+    dp, ep = mesh.shape
+    everyone = mesh._flatten("all")
+    compare_settings({"dtype": dtype, "checkpointing": checkpointing}, everyone.get_group())
+    for moe in moe_layers(model):
+        check_layout(moe.config, dp, ep)
+    low = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=None if dtype is None else torch.float32)
+    exact = MixedPrecisionPolicy(cast_forward_inputs=False)
+    for unit in list(_units(model)):
+        moe = unit if isinstance(unit, MoE) else next(m for m in unit.children() if isinstance(m, MoE))
+        if ep > 1:
+            experts = ShardedExperts(moe.experts, mesh["ep"])
+            wire(moe, mesh["ep"], collectives="c10d")
+            moe.experts = experts  # type: ignore[assignment]
+        placements = {
+            weight: Shard(expert_dim(moe.config, name, dp, ep)) for name, weight in moe.experts.named_parameters()
+        }
+        fully_shard(moe.experts, mesh=mesh["dp"], mp_policy=low, shard_placement_fn=placements.get)
+        if ep == 1:
+            register_fsdp_forward_method(moe.experts, "fused")
+        fully_shard(moe.router, mesh=everyone, mp_policy=exact)
+        if checkpointing:
+            checkpoint(unit)
+        if unit is not model:
+            fully_shard(unit, mesh=everyone, mp_policy=low)
+    fully_shard(model, mesh=everyone, mp_policy=low)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            alone = dp * ep == 1 or (isinstance(module, (GroupedExperts, ShardedExperts)) and dp == 1)
+            module.set_force_sum_reduction_for_comms(not alone)  # gloo has no mean; a group of one would divide twice
+            # The sum over dp of an expert's gradients holds those of all dp * ep ranks' tokens already.
+            module.set_gradient_divide_factor(float(dp * ep))
+    return model
+
+
+def moe_layers(model: nn.Module) -> list[MoE]:
+    """The layers of a model, in order."""
+    return [module for module in model.modules() if isinstance(module, MoE)]
+
+
+def _units(model: nn.Module) -> Iterator[nn.Module]:
+    """Modules that hold a layer of their own; the model itself if it is one."""
+    for module in model.modules():
+        if any(isinstance(child, MoE) for child in module.children()):
+            yield module
+    if isinstance(model, MoE):
+        yield model
+
+
+@torch.no_grad()
+def update_biases(model: nn.Module, mesh: DeviceMesh) -> Tensor:
+    """One balancing step of every layer from the counts of all ranks, once an optimizer step: those counts (L, E).
+
+    Micro-batches before it add up in each layer's own counts.
+    """
+    layers = moe_layers(model)
+    counts_LE = torch.stack([moe.tokens_per_expert_E for moe in layers])
+    dist.all_reduce(counts_LE, group=mesh.get_group("dp"))
+    for moe, counts_E in zip(layers, counts_LE):
+        moe.tokens_per_expert_E.copy_(counts_E)
+        moe.update_expert_bias()  # which sums over ep
+    dist.all_reduce(counts_LE, group=mesh.get_group("ep"))
+    return counts_LE
+
+
+@torch.no_grad()
+def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
+    """As `torch.nn.utils.clip_grad_norm_`, over weights that are cut over all ranks without a copy: the whole norm."""
+    grads = [grad.to_local() for p in parameters if isinstance(grad := p.grad, DTensor)]
+    total = torch.stack([grad.double().square().sum() for grad in grads]).sum()
+    dist.all_reduce(total)
+    norm = total.sqrt().float()
+    scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    for grad in grads:
+        grad.mul_(scale)
+    return norm

@@ -1,0 +1,107 @@
+"""What ranks run for tests of sharded training: results are whole tensors, from rank 0."""
+
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+
+from moe_lab import MoE
+from moe_lab.models.lm import LMConfig, MoELM
+from moe_lab.parallel.sharding import clip_grad_norm, make_mesh, moe_layers, shard_moe, update_biases
+
+
+def batch(config, size=8):
+    return torch.randint(256, (size, config.max_length + 1), generator=torch.Generator().manual_seed(3))
+
+
+def loss_of(model, bytes_BL):
+    logits_BLV = model(bytes_BL[:, :-1])
+    logits = logits_BLV.flatten(0, 1).to(torch.promote_types(logits_BLV.dtype, torch.float32))
+    return torch.nn.functional.cross_entropy(logits, bytes_BL[:, 1:].flatten())
+
+
+def build(config, dtype=torch.float32):
+    torch.manual_seed(0)
+    return MoELM(config).to(dtype).train()
+
+
+def one_process(config, micro=1, dtype=torch.float32, autocast=None):
+    """Loss, gradients, biases of one step."""
+    model = build(config, dtype)
+    weights = dict(model.named_parameters())
+    if autocast:
+        weights = {name: p if ".router." in name else p.to(autocast) for name, p in weights.items()}
+    losses = []
+    for part in batch(config).chunk(micro):
+        logits_BLV = torch.func.functional_call(model, weights, (part[:, :-1],))
+        logits = logits_BLV.flatten(0, 1).to(torch.promote_types(logits_BLV.dtype, torch.float32))
+        losses.append(torch.nn.functional.cross_entropy(logits, part[:, 1:].flatten()))
+        (losses[-1] / micro).backward(retain_graph=autocast is not None)
+    counts = [moe.tokens_per_expert_E.clone() for moe in model.moe_layers]
+    for moe in model.moe_layers:
+        moe.update_expert_bias()
+    grads = {name: p.grad for name, p in model.named_parameters()}
+    return (
+        sum(losses).item() / micro,
+        grads,
+        torch.stack(counts),
+        torch.stack([m.expert_bias_E for m in model.moe_layers]),
+    )
+
+
+def whole(tensor):
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def sharded(config: LMConfig, ep, micro=1, dtype=torch.float32, rounded=None, checkpointing=False):
+    """The same on the ranks of this pool."""
+    model = build(config, dtype)
+    mesh = make_mesh(ep)
+    shard_moe(model, mesh, dtype=rounded, checkpointing=checkpointing)
+    routed = []
+    for moe in moe_layers(model):
+        moe.router.register_forward_hook(lambda router, args, routing: routed.append(routing.expert_ids_TK))
+    losses = []
+    for part in batch(config).chunk(micro):
+        mine = part.chunk(dist.get_world_size())[dist.get_rank()]
+        losses.append(loss_of(model, mine))
+        (losses[-1] / micro).backward()
+    loss = sum(losses).detach() / micro
+    dist.all_reduce(loss)
+    counts_LE = update_biases(model, mesh)
+    grads = {name: whole(p.grad) for name, p in model.named_parameters()}
+    bias = torch.stack([moe.expert_bias_E for moe in moe_layers(model)])
+    result = loss.item() / dist.get_world_size(), grads, counts_LE, bias, routed
+    return result if dist.get_rank() == 0 else None
+
+
+def placements(config: LMConfig, ep):
+    """Placement and local shape of one weight of each kind."""
+    model = shard_moe(build(config), make_mesh(ep))
+    names = ("w1_EFD", "w2_EDF", "w3_EFD")
+    found = {name: getattr(model.blocks[0].moe.experts, name) for name in names}
+    found["qkv"] = model.blocks[0].attention.qkv.weight
+    found["gate"] = model.blocks[0].moe.router.gate.weight
+    return {
+        name: (str(p.placements), tuple(p.device_mesh.shape), tuple(p.to_local().shape)) for name, p in found.items()
+    }
+
+
+def differing(config: LMConfig):
+    shard_moe(build(config), make_mesh(2), checkpointing=dist.get_rank() == 3)
+
+
+def clipped(config: LMConfig, ep, max_norm):
+    """The norm before clipping, and the gradients after."""
+    model = shard_moe(build(config), make_mesh(ep))
+    loss_of(model, batch(config).chunk(dist.get_world_size())[dist.get_rank()]).backward()
+    norm = clip_grad_norm(model.parameters(), max_norm).item()
+    return norm, {name: whole(p.grad) for name, p in model.named_parameters()}
+
+
+def layer_alone(config, ep):
+    """Outputs of a sharded layer, and of the same layer on one rank."""
+    torch.manual_seed(0)
+    moe = MoE(config)
+    x_TD = torch.randn(5 + dist.get_rank(), config.dim)
+    expected = moe(x_TD).detach()
+    return shard_moe(moe, make_mesh(ep))(x_TD).detach(), expected
