@@ -62,7 +62,7 @@ class ShardedExperts(nn.Module):
     def __init__(self, experts: GroupedExperts, mesh: DeviceMesh) -> None:
         super().__init__()
         local = len(experts.w1_EFD) // mesh.size()
-        self.__dict__["products"] = without_weights(experts, local)  # a stand-in, not a child: its weights are ours
+        self.products = [without_weights(experts, local)]  # in a list it is no child: its weights are ours
         for name, weight in experts.named_parameters():
             cut = distribute_tensor(weight.detach(), mesh, [Shard(0)], src_data_rank=None)
             self.register_parameter(name, nn.Parameter(cut, requires_grad=weight.requires_grad))
@@ -70,7 +70,7 @@ class ShardedExperts(nn.Module):
     def forward(self, x_RD: Tensor, ends_E: Tensor) -> Tensor:
         """As `GroupedExperts`, of the experts here."""
         weights = {name: weight.to_local() for name, weight in self.named_parameters()}  # type: ignore[attr-defined]
-        return functional_call(self.products, weights, (x_RD, ends_E))
+        return functional_call(self.products[0], weights, (x_RD, ends_E))
 
 
 def shard_moe(
@@ -112,10 +112,11 @@ def shard_moe(
         if unit is not model:
             fully_shard(unit, mesh=everyone, mp_policy=low)
     fully_shard(model, mesh=everyone, mp_policy=low)
+    experts_of_all: list[nn.Module] = [moe.experts for moe in moe_layers(model)]
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            alone = dp * ep == 1 or (isinstance(module, (GroupedExperts, ShardedExperts)) and dp == 1)
-            module.set_force_sum_reduction_for_comms(not alone)  # gloo has no mean; a group of one would divide twice
+            ranks = dp if module in experts_of_all else dp * ep
+            module.set_force_sum_reduction_for_comms(ranks > 1)  # gloo has no mean; one rank would divide twice
             # The sum over dp of an expert's gradients holds those of all dp * ep ranks' tokens already.
             module.set_gradient_divide_factor(float(dp * ep))
     return model
