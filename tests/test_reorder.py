@@ -17,7 +17,7 @@ from test_splits import count_matrices
 
 def test_known_order():
     counts_Re = torch.tensor([[2, 3], [1, 4]])
-    assert expert_major_index(counts_Re).tolist() == [0, 1, 5, 2, 3, 4, 6, 7, 8, 9]
+    assert expert_major_index(counts_Re, torch.device("cpu")).tolist() == [0, 1, 5, 2, 3, 4, 6, 7, 8, 9]
     assert counts_Re.sum(dim=0).tolist() == [3, 7]
 
 

@@ -360,6 +360,10 @@ def describe(layer: str, rows: Sequence[Row]) -> str:
     lines = [HEAD, *(row.cells() for row in rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(HEAD))]
     table = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths)) for line in lines]
+    names = ["phases", *(f"{row.routing} {row.kind}" for row in rows)]
+    phases = [names, *([name, *(f"{row.phases_ms[name]:.2f}" for row in rows)] for name in PHASES)]
+    widths = [max(len(line[i]) for line in phases) for i in range(len(names))]
+    table += ["", *("  ".join(cell.rjust(width) for cell, width in zip(line, widths)) for line in phases)]
     return "\n".join([f"{layer} on {first.ranks} ranks   {shape}   ms", *table])
 
 

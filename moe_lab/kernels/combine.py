@@ -29,12 +29,17 @@ def gather(x_TD: Tensor, rows: TileRows) -> Tensor:
 
 def combine(rows_PD: Tensor, gates_TK: Tensor | None, rows: TileRows) -> Tensor:
     """(T, D): each token's K rows summed under its gates (None: by one), in float32 in slot order, rounded once."""
-    (num_tokens, top_k), dim = rows.position_TK.shape, rows_PD.shape[1]
+    return sum_rows(rows_PD, gates_TK, rows.position_TK)
+
+
+def sum_rows(rows_PD: Tensor, gates_TK: Tensor | None, position_TK: Tensor) -> Tensor:
+    """`combine` by the row of each slot alone, in any integer type."""
+    (num_tokens, top_k), dim = position_TK.shape, rows_PD.shape[1]
     out_TD = rows_PD.new_empty(num_tokens, dim)
     if num_tokens:
         block = min(BLOCK, triton.next_power_of_2(dim))
         _combine_kernel[(num_tokens, triton.cdiv(dim, block))](
-            rows_PD, rows_PD if gates_TK is None else gates_TK, rows.position_TK, out_TD, dim,
+            rows_PD, rows_PD if gates_TK is None else gates_TK, position_TK, out_TD, dim,
             top_k, gates_TK is not None, block, num_warps=max(1, block // 512),
         )  # fmt: skip
     return out_TD

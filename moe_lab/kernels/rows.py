@@ -31,6 +31,11 @@ def combine_gather(rows_RD: Tensor, gates_TK: Tensor | None, order_R: Tensor, po
     dtype, so the result does not depend on how experts were ordered. Gradients gather too:
     dRow = gate * dOut[token], rounded once, and dGate = <row, dOut[token]>, accumulated in float32.
     """
+    return combine_gather_in_pytorch(rows_RD, gates_TK, order_R, position_TK)
+
+
+def combine_gather_in_pytorch(rows_RD: Tensor, gates_TK: Tensor | None, order_R: Tensor, position_TK: Tensor) -> Tensor:
+    """`combine_gather`, a slot at a time; in one pass where the CPU has one."""
     num_tokens, top_k = position_TK.shape
     wide = torch.promote_types(rows_RD.dtype, torch.float32)
     if rows_RD.numel() == 0:
@@ -48,6 +53,16 @@ def combine_gather(rows_RD: Tensor, gates_TK: Tensor | None, order_R: Tensor, po
             picked_TD.masked_fill_((position_T < 0)[:, None], 0)  # not a product: 0 * NaN is NaN
         out_TD += picked_TD
     return out_TD.to(rows_RD.dtype)
+
+
+@combine_gather.register_kernel("cuda")
+def _(rows_RD: Tensor, gates_TK: Tensor | None, order_R: Tensor, position_TK: Tensor) -> Tensor:
+    if rows_RD.dtype == torch.float64 or rows_RD.numel() == 0:
+        return combine_gather_in_pytorch(rows_RD, gates_TK, order_R, position_TK)
+    from moe_lab.kernels import combine
+
+    gates_TK = None if gates_TK is None else gates_TK.contiguous()
+    return combine.sum_rows(rows_RD.contiguous(), gates_TK, position_TK.contiguous())
 
 
 def _combine_bags(rows_RD: Tensor, gates_TK: Tensor | None, position_TK: Tensor) -> Tensor:

@@ -92,7 +92,7 @@ def make_plan(
         counts=counts,
         counts_E=counts_E,
         splits=splits,
-        reorder=choose_reorder(counts, rank, config.reorder),
+        reorder=choose_reorder(counts, rank, config.reorder, local.order_R.device),
         pad_multiple=config.pad_multiple,
         device=local.order_R.device,
     )

@@ -22,15 +22,19 @@ class RowPadding:
 
     @classmethod
     def of(cls, counts_S: Int[Tensor, " S"], sizes_S: Int[Tensor, " S"], device: torch.device) -> RowPadding | None:
-        """The padding of these segments, its indices on `device`; None where there is nothing to pad."""
+        """The padding of these segments, its indices made on `device`; None where there is nothing to pad.
+
+        Counts and sizes are on the CPU, so nothing waits for the device.
+        """
         if torch.equal(counts_S, sizes_S):
             return None
-        num_rows = int(counts_S.sum())
-        shift_S = (sizes_S.cumsum(0) - sizes_S) - (counts_S.cumsum(0) - counts_S)
-        target_R = torch.arange(num_rows) + shift_S.repeat_interleave(counts_S)
-        source_P = torch.full((int(sizes_S.sum()),), -1)
-        source_P[target_R] = torch.arange(num_rows)
-        return cls(counts_S=counts_S, sizes_S=sizes_S, source_P=source_P.to(device), target_R=target_R.to(device))
+        counts_s, sizes_s = counts_S.to(device), sizes_S.to(device)
+        segment_P, offset_P = segments(sizes_s, int(sizes_S.sum()))
+        segment_R, offset_R = segments(counts_s, int(counts_S.sum()))
+        source_P = (counts_s.cumsum(0) - counts_s)[segment_P] + offset_P
+        source_P.masked_fill_(offset_P >= counts_s[segment_P], -1)
+        target_R = (sizes_s.cumsum(0) - sizes_s)[segment_R] + offset_R
+        return cls(counts_S=counts_S, sizes_S=sizes_S, source_P=source_P, target_R=target_R)
 
     def pad(self, rows_RD: Float[Tensor, "R D"]) -> Float[Tensor, "P D"]:
         """Rows with the zeros put in; their gradients go nowhere."""
@@ -39,6 +43,14 @@ class RowPadding:
     def strip(self, rows_PD: Float[Tensor, "P D"]) -> Float[Tensor, "R D"]:
         """Rows without the padding, whatever it holds by now; its gradient is exactly zero."""
         return permute_rows(rows_PD, self.target_R, self.source_P)
+
+
+def segments(lengths_S: Int[Tensor, " S"], num_rows: int) -> tuple[Int[Tensor, " rows"], Int[Tensor, " rows"]]:
+    """The segment of each row, and its place in it, for segments that lie one after another. `num_rows` their sum."""
+    ends_S = lengths_S.cumsum(0)
+    row_R = torch.arange(num_rows, device=lengths_S.device)
+    segment_R = torch.searchsorted(ends_S, row_R, right=True)
+    return segment_R, row_R - (ends_S - lengths_S)[segment_R]
 
 
 def round_up(counts_S: Int[Tensor, " S"], multiple: int) -> Int[Tensor, " S"]:

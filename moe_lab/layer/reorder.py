@@ -17,41 +17,44 @@ from torch import Tensor
 from moe_lab import fastpaths
 from moe_lab.config import Reorder
 from moe_lab.kernels.permute import permute_rows
+from moe_lab.layer.padding import segments
 from moe_lab.layer.splits import CountMatrix
 
+CPU = torch.device("cpu")
 
-def expert_major_index(counts_Re: Int[Tensor, "R e"]) -> Int[Tensor, " rows"]:
-    """For each row in expert-major order, where it lies in rank-major order."""
-    counts_eR = counts_Re.t()
+
+def expert_major_index(counts_Re: Int[Tensor, "R e"], device: torch.device) -> Int[Tensor, " rows"]:
+    """For each row in expert-major order, where it lies in rank-major order; from counts on the CPU."""
+    num_rows = int(counts_Re.sum())
+    counts_Re = counts_Re.to(device)
     start_Re = counts_Re.flatten().cumsum(0).view_as(counts_Re) - counts_Re
-    length_S = counts_eR.flatten()
-    begin_S = length_S.cumsum(0) - length_S
-    shift_S = start_Re.t().flatten() - begin_S
-    return torch.arange(int(length_S.sum())) + shift_S.repeat_interleave(length_S)
+    segment_R, offset_R = segments(counts_Re.t().flatten(), num_rows)
+    return start_Re.t().flatten()[segment_R] + offset_R
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class IndexReorder:
-    """One gather by row index: any counts, one index entry a row."""
+    """One gather by row index, made on `device`: any counts, one index entry a row."""
 
     counts_Re: Int[Tensor, "R e"]
     reason: str
+    device: torch.device
 
     @cached_property
     def _indices(self) -> tuple[Tensor, Tensor]:
-        index = expert_major_index(self.counts_Re)
+        index = expert_major_index(self.counts_Re, self.device)
         back = torch.empty_like(index)
-        back[index] = torch.arange(index.numel())
+        back[index] = torch.arange(index.numel(), device=self.device)
         return index, back
 
     def to_expert_major(self, rows_RD: Float[Tensor, "rows D"]) -> Float[Tensor, "rows D"]:
         """(rows, D) rank-major -> expert-major."""
-        index, back = (t.to(rows_RD.device) for t in self._indices)
+        index, back = self._indices
         return permute_rows(rows_RD, index, back)
 
     def to_rank_major(self, rows_RD: Float[Tensor, "rows D"]) -> Float[Tensor, "rows D"]:
         """(rows, D) expert-major -> rank-major."""
-        index, back = (t.to(rows_RD.device) for t in self._indices)
+        index, back = self._indices
         return permute_rows(rows_RD, back, index)
 
 
@@ -105,7 +108,7 @@ def _cat_segments(rows_RD: Tensor, counts_AB: Tensor) -> Tensor:
 
 
 def choose_reorder(
-    counts: CountMatrix, rank: int, reorder: Reorder = "auto"
+    counts: CountMatrix, rank: int, reorder: Reorder = "auto", device: torch.device = CPU
 ) -> IndexReorder | EqualCountReorder | SegmentCatReorder:
     """The reordering by name; `auto` is equal_count where this rank's segments are equal, else segment_cat.
 
@@ -124,4 +127,6 @@ def choose_reorder(
         ranks, slots = counts_Re.shape
         return EqualCountReorder(num_ranks=ranks, num_slots=slots, count=low, reason=f"all segments have {low} rows")
     reason = f"segments of {low} to {high} rows" if reorder == "auto" else f"reorder={reorder!r}"
-    return (IndexReorder if reorder == "index" else SegmentCatReorder)(counts_Re=counts_Re, reason=reason)
+    if reorder == "index":
+        return IndexReorder(counts_Re=counts_Re, reason=reason, device=device)
+    return SegmentCatReorder(counts_Re=counts_Re, reason=reason)
