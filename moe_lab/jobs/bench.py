@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -228,10 +229,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--peers", default="all", help=f"all (default), or some of {','.join(PEERS)}")
     parser.add_argument("--rounds", type=int, default=8, help="rounds that every arm runs in turn (default 8)")
     parser.add_argument("--json", type=Path, help="also write the numbers, with the environment, here")
+    ranks = parser.add_argument_group("under torchrun, over all ranks (see moe_lab.jobs.ranks_bench)")
+    ranks.add_argument("--kinds", nargs="+", help="kinds of splits: unequal, adaptive, equal, forced (default all)")
+    ranks.add_argument("--routing", nargs="+", help="skewed (default), zipf, trace")
+    ranks.add_argument("--shrink", type=int, default=1, help="divide D and F by this")
+    ranks.add_argument("--iterations", type=int, default=100, help="of each arm (default 100)")
 
 
 def main(args: argparse.Namespace) -> int:
     """Measure and print; returns the exit status."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from moe_lab.jobs import ranks_bench
+
+        ranks_bench.main_under_torchrun(args)
+        return 0
     device = torch.device(args.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("device='cuda' is not here: torch sees no GPU")

@@ -370,29 +370,20 @@ def describe(layer: str, rows: Sequence[Row]) -> str:
 def settings_of(args: argparse.Namespace) -> list[tuple[str, Settings]]:
     """All that is to be measured, by layer. `ValueError` for what is not known."""
     check_int("shrink", args.shrink, 1)
-    found = []
-    for layer in args.preset:
-        check_choice("preset", layer, LAYERS)
-        for routing in args.routing:
-            check_choice("routing", routing, ROUTINGS)
-            for kind in args.kinds:
-                check_choice("kinds", kind, KINDS)
-                config = config_of(layer, args.shrink, routing)
-                name = layer if args.shrink == 1 else f"{layer}/{args.shrink}"
-                found.append(
-                    (
-                        name,
-                        Settings(
-                            config=config,
-                            kind=kind,
-                            routing=routing,
-                            tokens=args.tokens,
-                            dtype=args.dtype,
-                            iterations=args.iterations,
-                        ),
-                    )
-                )
-    return found
+    layers, routings, kinds = args.preset or ["10B_2B"], args.routing or ["skewed"], args.kinds or list(KINDS)
+    how = {"tokens": args.tokens or 16384, "dtype": args.dtype, "iterations": args.iterations}
+    for name, wanted, known in (("preset", layers, LAYERS), ("routing", routings, ROUTINGS), ("kinds", kinds, KINDS)):
+        for one in wanted:
+            check_choice(name, one, known)
+    return [
+        (
+            layer if args.shrink == 1 else f"{layer}/{args.shrink}",
+            Settings(config=config_of(layer, args.shrink, routing), kind=kind, routing=routing, **how),
+        )
+        for layer in layers
+        for routing in routings
+        for kind in kinds
+    ]
 
 
 def run(
@@ -409,23 +400,11 @@ def run(
             continue
         rows.append(gather_rows(settings, name, by_rank))
         if out is not None:
-            device = torch.device("cuda" if settings.dtype and torch.cuda.is_available() else "cpu")
+            device = torch.device("cuda" if choose_backend("auto", len(by_rank)) == "nccl" else "cpu")
             content = {"environment": environment(device), "rows": [asdict(row) for row in rows]}
             out.write_text(json.dumps(content, indent=1))
     for name in dict.fromkeys(row.layer for row in rows):
         print(describe(name, [row for row in rows if row.layer == name]), flush=True)
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of the benchmark over ranks."""
-    parser.add_argument("--preset", nargs="+", default=["10B_2B"], help="layers (default 10B_2B)")
-    parser.add_argument("--shrink", type=int, default=1, help="divide D and F by this")
-    parser.add_argument("--tokens", type=int, default=16384, help="tokens a rank (default 16384)")
-    parser.add_argument("--kinds", nargs="+", default=list(KINDS), help=f"of {', '.join(KINDS)} (default all)")
-    parser.add_argument("--routing", nargs="+", default=["skewed"], help=f"of {', '.join(ROUTINGS)} (default skewed)")
-    parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--iterations", type=int, default=100)
-    parser.add_argument("--json", type=Path, help="also write the numbers, with the environment, here")
 
 
 def main_under_torchrun(args: argparse.Namespace) -> None:
@@ -449,7 +428,14 @@ def main() -> None:
     """On a pool of ranks of this machine."""
     parser = argparse.ArgumentParser(prog="python -m moe_lab.jobs.ranks_bench", description=__doc__.split("\n")[0])
     parser.add_argument("--ranks", type=int, default=2)
-    add_arguments(parser)
+    parser.add_argument("--preset", nargs="+", help="layers (default 10B_2B)")
+    parser.add_argument("--tokens", type=int, help="tokens a rank (default 16384)")
+    parser.add_argument("--kinds", nargs="+", help=f"of {', '.join(KINDS)} (default all)")
+    parser.add_argument("--routing", nargs="+", help=f"of {', '.join(ROUTINGS)} (default skewed)")
+    parser.add_argument("--shrink", type=int, default=1, help="divide D and F by this")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--iterations", type=int, default=100)
+    parser.add_argument("--json", type=Path, help="also write the numbers, with the environment, here")
     args = parser.parse_args()
     work = settings_of(args)
     with RankPool(args.ranks, timeout=900.0) as pool:

@@ -17,12 +17,17 @@ BLOCK = 4096  # columns that one program moves at most, sixteen to a thread
 
 def gather(x_TD: Tensor, rows: TileRows) -> Tensor:
     """(P, D): x[order // K], zeros in padding."""
-    num_rows, dim = rows.order_P.numel(), x_TD.shape[1]
+    return gather_from(x_TD, rows.order_P, rows.position_TK.shape[1])
+
+
+def gather_from(x_TD: Tensor, order_P: Tensor, top_k: int = 1) -> Tensor:
+    """`gather` by the assignment of each row alone, in any integer type."""
+    num_rows, dim = order_P.numel(), x_TD.shape[1]
     rows_PD = x_TD.new_empty(num_rows, dim)
     if num_rows:
         block = min(BLOCK, triton.next_power_of_2(dim))
         _gather_kernel[(num_rows, triton.cdiv(dim, block))](
-            x_TD, rows.order_P, rows_PD, dim, rows.position_TK.shape[1], block, num_warps=max(1, block // 512)
+            x_TD, order_P, rows_PD, dim, top_k, block, num_warps=max(1, block // 512)
         )
     return rows_PD
 

@@ -21,6 +21,13 @@ def permute_rows(rows_RD: Tensor, source_P: Tensor, target_R: Tensor) -> Tensor:
     return rows_RD.new_zeros(len(source_P), rows_RD.shape[1]).index_copy_(0, target_R, rows_RD)
 
 
+@permute_rows.register_kernel("cuda")
+def _(rows_RD: Tensor, source_P: Tensor, target_R: Tensor) -> Tensor:
+    from moe_lab.kernels import combine
+
+    return combine.gather_from(rows_RD.contiguous(), source_P)
+
+
 @permute_rows.register_fake
 def _(rows_RD: Tensor, source_P: Tensor, target_R: Tensor) -> Tensor:
     return rows_RD.new_empty(source_P.shape[0], rows_RD.shape[1])

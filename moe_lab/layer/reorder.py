@@ -112,6 +112,8 @@ def choose_reorder(
 ) -> IndexReorder | EqualCountReorder | SegmentCatReorder:
     """The reordering by name; `auto` is equal_count where this rank's segments are equal, else segment_cat.
 
+    On CUDA `auto` takes index instead of segment_cat: one kernel, where many segments are many copies.
+
     `ValueError` for `equal_count` where some rank's segments differ: decided from the whole matrix, so that every
     rank raises it.
     """
@@ -127,6 +129,6 @@ def choose_reorder(
         ranks, slots = counts_Re.shape
         return EqualCountReorder(num_ranks=ranks, num_slots=slots, count=low, reason=f"all segments have {low} rows")
     reason = f"segments of {low} to {high} rows" if reorder == "auto" else f"reorder={reorder!r}"
-    if reorder == "index":
+    if reorder == "index" or (reorder == "auto" and device.type == "cuda"):
         return IndexReorder(counts_Re=counts_Re, reason=reason, device=device)
     return SegmentCatReorder(counts_Re=counts_Re, reason=reason)

@@ -1,0 +1,104 @@
+"""The benchmark over ranks: its arithmetic by hand, its rows on gloo, and under torchrun."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from moe_lab.jobs.ranks_bench import (
+    PHASES,
+    Settings,
+    config_of,
+    describe,
+    draw_routing,
+    gather_rows,
+    measure,
+    wait_and_transfer,
+)
+from moe_lab.parallel import RankPool
+
+SMALL = {"tokens": 64, "dtype": "float32", "iterations": 3, "warmup": 1}
+
+
+def test_waiting_is_for_the_latest_and_transfer_what_follows_by_hand():
+    # Rank 1 comes 3 late in the first iteration, rank 0 comes 1 late in the second.
+    arrival_RI, end_RI = np.array([[1.0, 11.0], [4.0, 10.0]]), np.array([[6.0, 13.0], [5.0, 12.5]])
+    wait_RI, transfer_RI = wait_and_transfer(arrival_RI, end_RI)
+    assert wait_RI.tolist() == [[3.0, 0.0], [0.0, 1.0]]
+    assert transfer_RI.tolist() == [[2.0, 2.0], [1.0, 1.5]]
+
+
+@pytest.fixture(scope="module")
+def by_rank():
+    with RankPool(2, backend="gloo") as pool:
+        kinds = ("unequal", "equal", "forced")
+        settings = {k: Settings(config=config_of("10B_2B", 64, "zipf"), kind=k, routing="zipf", **SMALL) for k in kinds}
+        return {kind: (one, pool.run(measure, one)) for kind, one in settings.items()}
+
+
+def test_rows_say_what_ran(by_rank):
+    rows = {kind: gather_rows(settings, "10B_2B/64", ranks) for kind, (settings, ranks) in by_rank.items()}
+    assert rows["unequal"].padded_share == 0 < rows["equal"].padded_share
+    assert rows["equal"].reason.startswith("forced: worst overhead")
+    assert rows["forced"].straggler == pytest.approx(1.0, abs=0.07)  # 192 assignments over 36 experts
+    row = rows["unequal"]
+    assert row.shape == {"D": 32, "F": 22, "E": 36, "K": 3}
+    assert row.straggler > 1
+    assert len(row.forward_by_rank) == row.ranks == 2
+    assert row.forward_slowest_each >= row.forward_slowest_rank >= row.forward_by_rank[0][0]
+    assert tuple(row.phases_ms) == PHASES
+    assert min(row.phases_ms.values()) > 0
+    assert min(row.wait_ms.values()) >= 0 < min(row.transfer_ms.values())
+    text = describe("10B_2B/64", list(rows.values()))
+    assert text.startswith("10B_2B/64 on 2 ranks   T 64  D 32  F 22  E 36  K 3   ms")
+    assert "combine exchange" in text
+
+
+def test_bytes_to_others_are_those_of_the_routing(by_rank):
+    settings, ranks = by_rank["unequal"]
+    for rank, result in enumerate(ranks):
+        ids_TK = draw_routing(settings, rank, 2, torch.device("cpu")).expert_ids_TK
+        away = int((ids_TK // 18 != rank).sum())
+        assert result.sent_bytes == away * 32 * 4
+    assert sum(result.rows for result in ranks) == 2 * 64 * 3
+
+
+def test_routings_are_what_they_are_called():
+    big = {**SMALL, "tokens": 4096}
+    zipf = Settings(config=config_of("10B_2B", 64, "zipf"), kind="unequal", routing="zipf", **big)
+    counts_E = draw_routing(zipf, 0, 2, torch.device("cpu")).counts_E.sort(descending=True).values
+    assert 0.56 < float(counts_E[0]) / 4096 < 0.62, "weight 1 of H(36) = 4.17, three draws without replacement"
+    assert 1.5 < float(counts_E[5] / counts_E[11]) < 2.5, "places 6 and 12: twice as likely"
+    trace = Settings(config=config_of("10B_2B", 64, "trace"), kind="unequal", routing="trace", **big)
+    assert (trace.config.num_experts, trace.config.top_k) == (32, 4)
+    first, second = (draw_routing(trace, rank, 2, torch.device("cpu")).expert_ids_TK for rank in (0, 1))
+    assert not torch.equal(first, second)
+    forced = Settings(config=config_of("10B_2B", 64, "zipf"), kind="forced", routing="zipf", **big)
+    counts_E = draw_routing(forced, 0, 2, torch.device("cpu")).counts_E
+    assert int(counts_E.max() - counts_E.min()) <= 1
+
+
+@pytest.mark.slow
+def test_the_command_runs_under_torchrun(tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "moe_lab",
+        "bench",
+        "layer",
+    ]
+    options = ["--preset", "10B_2B", "--shrink", "64", "--tokens", "32", "--dtype", "float32", "--iterations", "2"]
+    options += ["--kinds", "unequal", "--json", str(tmp_path / "out.json")]
+    done = subprocess.run([*command, *options], capture_output=True, text=True, env=os.environ, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "10B_2B/64 on 2 ranks   T 32" in done.stdout
+    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert [(row["kind"], row["ranks"]) for row in rows] == [("unequal", 2)]
