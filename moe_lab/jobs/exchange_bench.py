@@ -59,7 +59,7 @@ def torchtitans(config: MoEConfig) -> Step:
     from torchtitan.models.common.token_dispatcher import AllToAllTokenDispatcher as Peer
 
     if not hasattr(torch.compiler, "_is_non_strict_tracing"):  # torchtitan 0.3.0 asks PyTorch 2.13's compiler
-        torch.compiler._is_non_strict_tracing = lambda: False  # type: ignore[attr-defined]
+        torch.compiler._is_non_strict_tracing = lambda: False
     peer = Peer(Peer.Config(num_experts=config.num_experts, top_k=config.top_k))
     set_spmd_backend("full_dtensor")
     kind = "cuda" if dist.get_backend() == "nccl" else "cpu"
