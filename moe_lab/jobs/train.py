@@ -129,6 +129,9 @@ def auxiliary_loss(config: TrainConfig, routings: Sequence[Routing], batch: int)
     return total
 
 
+Groups = list[tuple[list[torch.nn.Parameter], float]]
+
+
 class TrainingDiverged(RuntimeError):
     """The loss or a gradient was NaN or infinite; the message names the step and the checkpoint that is left."""
 
@@ -136,17 +139,18 @@ class TrainingDiverged(RuntimeError):
 class Trainer:
     """A model, its optimizer and the number of the next step, in one place that can be saved and restored."""
 
+    checkpoint = "checkpoint.pt"
+    leads = True  # whether this process writes the log
+
     def __init__(self, config: TrainConfig, corpus: Corpus, device: str) -> None:
         torch.manual_seed(config.seed)
         self.config, self.corpus, self.device = config, corpus, device
-        self.model = MoELM(config.model).to(device)
+        self.model = self.spread(MoELM(config.model).to(device))
         decayed = [p for p in self.model.parameters() if p.dim() >= 2]
         plain = [p for p in self.model.parameters() if p.dim() < 2]
+        groups = [(decayed, config.weight_decay), (plain, 0.0)]
         self.optimizer = torch.optim.AdamW(
-            [
-                {"params": decayed, "weight_decay": config.weight_decay},
-                {"params": plain, "weight_decay": 0.0},
-            ],
+            [{"params": params, "weight_decay": decay} for params, decay in self.split(groups)],
             betas=(0.9, 0.95),
             fused=True,
         )
@@ -157,6 +161,14 @@ class Trainer:
             moe.router.register_forward_hook(lambda router, args, routing: self._routings.append(routing))
         losses = self._losses
         self.losses: Callable[[Tensor], Losses] = torch.compile(losses) if config.compile else losses
+
+    def spread(self, model: MoELM) -> MoELM:
+        """The model as it is trained: here, whole."""
+        return model
+
+    def split(self, groups: Groups) -> Groups:
+        """Parameters that the optimizer may step together, each with its weight decay."""
+        return groups
 
     def _losses(self, bytes_BL: Tensor) -> Losses:
         """Mean over each next byte. Weights but the gates' are rounded to `dtype` first."""
@@ -187,18 +199,27 @@ class Trainer:
         losses = self.losses(self.batch(self.step))
         self.optimizer.zero_grad(set_to_none=True)
         (losses.cross_entropy + losses.auxiliary).backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
+        norm = self.clip()
         if not norm.isfinite():
             raise TrainingDiverged(
                 f"step {self.step + 1}: loss {losses.cross_entropy.item()}, gradient norm {norm.item()}; "
                 "the weights and the last checkpoint are from before it"
             )
         self.optimizer.step()
+        counts_LE = self.balance()
+        self.step += 1
+        return Step(Losses(*(loss.detach() for loss in losses)), norm.detach(), counts_LE)
+
+    def clip(self) -> Tensor:
+        """The gradient's norm, which is then at most `config.clip`."""
+        return torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
+
+    def balance(self) -> Tensor:
+        """Move the balancing biases; the step's assignments (L, E)."""
         counts_LE = torch.stack([moe.tokens_per_expert_E for moe in self.model.moe_layers])
         for moe in self.model.moe_layers:
             moe.update_expert_bias()
-        self.step += 1
-        return Step(Losses(*(loss.detach() for loss in losses)), norm.detach(), counts_LE)
+        return counts_LE
 
     def save(self, path: Path) -> None:
         """Write a checkpoint beside the last one and swap: a kill leaves one of the two whole."""
@@ -215,13 +236,16 @@ class Trainer:
     def resume(self, path: Path) -> None:
         """Go on from a checkpoint of the same config; `ValueError` names the first field that differs."""
         state = torch.load(path, map_location=self.device, weights_only=True)
-        mine, theirs = self.config.to_dict(), state["config"]
-        for name, value in mine.items():
-            if theirs.get(name) != value:
-                raise ValueError(f"{path} was trained with {name}={theirs.get(name)!r}, not {value!r}: cannot resume")
+        self.compare(state["config"], path)
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.step = state["step"]
+
+    def compare(self, theirs: dict[str, Any], path: Path) -> None:
+        """`ValueError` naming the first field of a checkpoint's config that differs from this run's."""
+        for name, value in self.config.to_dict().items():
+            if theirs.get(name) != value:
+                raise ValueError(f"{path} was trained with {name}={theirs.get(name)!r}, not {value!r}: cannot resume")
 
 
 def train(
@@ -232,21 +256,30 @@ def train(
     device: str = "cpu",
     resume: bool = False,
     stop: int | None = None,
+    make: Callable[[TrainConfig, Corpus, str], Trainer] = Trainer,
 ) -> Trainer:
     """Run to `config.steps` (or `stop`), logging to `out/log.jsonl` and checkpointing to `out/checkpoint.pt`.
 
+    `make`: what trains. Many ranks each call this with one that knows of the others; one of them leads.
     Raises `TrainingDiverged` at the first step whose gradient is not finite; the checkpoint is then the last one
     written before it.
     """
     out.mkdir(parents=True, exist_ok=True)
-    trainer = Trainer(config, corpus, device)
+    trainer = make(config, corpus, device)
     if resume:
-        trainer.resume(out / "checkpoint.pt")
+        trainer.resume(out / trainer.checkpoint)
     steps: list[Step] = []
     started = time.monotonic()
     with (
-        (out / "log.jsonl").open("a" if resume else "w") as log,
-        tqdm(total=config.steps, initial=trainer.step, desc="train", unit="step", file=sys.stderr) as bar,
+        (out / "log.jsonl" if trainer.leads else Path(os.devnull)).open("a" if resume else "w") as log,
+        tqdm(
+            total=config.steps,
+            initial=trainer.step,
+            desc="train",
+            unit="step",
+            file=sys.stderr,
+            disable=not trainer.leads,
+        ) as bar,
     ):
         last = min(stop or config.steps, config.steps)
         while trainer.step < last:
@@ -257,7 +290,7 @@ def train(
             line = _log_line(trainer, steps) | {"seconds": round(time.monotonic() - started, 3)}
             steps.clear()
             if save:
-                trainer.save(out / "checkpoint.pt")
+                trainer.save(out / trainer.checkpoint)
                 line["heldout_bits_per_byte"] = heldout_bits(trainer.model, corpus, config.eval_files)
             log.write(json.dumps(line) + "\n")
             log.flush()
@@ -294,6 +327,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name in ("switch", "sequence", "z"):
         parser.add_argument(f"--{name}-coeff", type=float, default=0.0, help=f"weight of the {name} loss of each layer")
     parser.add_argument("--backend", default=SMALL.moe.backend, help="how expert products are computed")
+    parser.add_argument("--ep", type=int, default=1, help="ranks that share the experts, under torchrun")
+    parser.add_argument("--checkpointing", action="store_true", help="run blocks again in backward, under torchrun")
     parser.add_argument("--compile", action="store_true", help="compile the loss")
     parser.add_argument("--dtype", default=default.dtype, choices=tuple(DTYPES))
     for name in ("steps", "batch", "warmup", "seed", "log-every", "save-every"):
@@ -328,6 +363,14 @@ def main(args: argparse.Namespace) -> None:
     )
     config = TrainConfig(model=dataclasses.replace(SMALL, moe=moe), **{name: getattr(args, name) for name in names})
     corpus = load_corpus(args.corpus)
+    if "RANK" in os.environ:
+        from moe_lab.jobs.train_distributed import train_on_ranks
+
+        options = {"ep": args.ep, "checkpointing": args.checkpointing, "resume": args.resume}
+        train_on_ranks(config, corpus, args.out, device=args.device, **options)
+        return
+    if args.ep != 1 or args.checkpointing:
+        raise ValueError("ep and checkpointing are for many ranks: start with torchrun -m moe_lab train")
     trainer = train(config, corpus, args.out, device=args.device, resume=args.resume)
     trainer.model.save(args.out / "lm")
     # What is reported is what was saved: rounded weights, float32 arithmetic.

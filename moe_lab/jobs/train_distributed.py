@@ -1,0 +1,165 @@
+"""The trainer on many ranks: its share of each batch, weights cut over ranks, checkpoints that any layout reads.
+
+    torchrun --nproc-per-node 4 -m moe_lab train --ep 2 --corpus corpus.safetensors --out run
+
+A checkpoint is a folder of `torch.distributed.checkpoint`, whose metadata is a pickle: load only your own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+
+from moe_lab.jobs.corpus_file import Corpus
+from moe_lab.jobs.train import DTYPES, Groups, Losses, Step, TrainConfig, Trainer, auxiliary_loss, train
+from moe_lab.models.lm import MoELM
+from moe_lab.parallel.ranks import choose_backend
+from moe_lab.parallel.sharding import clip_grad_norm, make_mesh, shard_moe, update_biases
+
+FLAT = StateDictOptions(flatten_optimizer_state_dict=True)  # by name, so that groups may differ between layouts
+
+
+class DistributedTrainer(Trainer):
+    """One rank's part of a run. `config.batch` is that of all ranks; auxiliary losses are of each rank's share."""
+
+    checkpoint = "checkpoints"
+
+    def __init__(
+        self, config: TrainConfig, corpus: Corpus, device: str, *, ep: int, checkpointing: bool = False
+    ) -> None:
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        if config.batch % self.size:
+            raise ValueError(f"batch={config.batch} must divide over {self.size} ranks")
+        if config.compile:
+            raise ValueError("compile=True is for one process: many ranks run uncompiled")
+        self.mesh = make_mesh(ep, device=torch.device(device).type)
+        self.checkpointing = checkpointing
+        super().__init__(config, corpus, device)
+        self.leads = self.rank == 0
+
+    def spread(self, model: MoELM) -> MoELM:
+        """Cut over the mesh."""
+        dtype = None if self.config.dtype == "float32" else DTYPES[self.config.dtype]
+        shard_moe(model, self.mesh, dtype=dtype, checkpointing=self.checkpointing)
+        return model
+
+    def split(self, groups: Groups) -> Groups:
+        """Experts apart from the rest: they lie on another mesh, and one step runs on one."""
+        experts = {p for moe in self.model.moe_layers for p in moe.experts.parameters()}
+        parts = [([p for p in ps if (p in experts) == side], decay) for ps, decay in groups for side in (False, True)]
+        return [part for part in parts if part[0]]
+
+    def batch(self, step: int) -> Tensor:
+        """This rank's share of the crops that one process would draw."""
+        return super().batch(step).chunk(self.size)[self.rank]
+
+    def _losses(self, bytes_BL: Tensor) -> Losses:
+        self._routings.clear()
+        logits_BLV = self.model(bytes_BL[:, :-1])
+        auxiliary = auxiliary_loss(self.config, self._routings, len(bytes_BL))
+        self._routings.clear()
+        return Losses(F.cross_entropy(logits_BLV.flatten(0, 1).float(), bytes_BL[:, 1:].flatten()), auxiliary)
+
+    def advance(self) -> Step:
+        """One optimizer step of all ranks; its losses are means over them."""
+        step = super().advance()
+        losses = torch.stack([*step.losses]) / self.size
+        dist.all_reduce(losses)
+        return step._replace(losses=Losses(*losses))
+
+    def clip(self) -> Tensor:
+        """The whole gradient's norm."""
+        return clip_grad_norm(self.model.parameters(), self.config.clip)
+
+    def balance(self) -> Tensor:
+        """By the counts of all ranks."""
+        return update_biases(self.model, self.mesh)
+
+    def save(self, path: Path) -> None:
+        """Write a folder for this step, name it when it is whole, then drop older ones: a kill leaves one."""
+        save_checkpoint(path, self.step, self.model, self.optimizer, self.config)
+
+    def resume(self, path: Path) -> None:
+        """Go on from the newest whole checkpoint, saved on this layout or another."""
+        folder = newest(path)
+        meta = json.loads((folder / "run.json").read_text())
+        self.compare(meta["config"], folder)
+        load_checkpoint(folder, self.model, self.optimizer)
+        self.step = meta["step"]
+
+
+def save_checkpoint(
+    path: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, config: TrainConfig
+) -> Path:
+    """Weights, biases and optimizer state to `path/step-N`; every rank calls this. It appears when it is whole."""
+    part, folder = path / f"part-{step:08d}", path / f"step-{step:08d}"
+    leads = dist.get_rank() == 0
+    if leads:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+    dist.barrier()
+    weights, moments = get_state_dict(model, optimizer, options=FLAT)
+    dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=part)
+    if leads:
+        (part / "run.json").write_text(json.dumps({"step": step, "config": config.to_dict()}))
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(part, folder)
+        for old in path.glob("*-*"):
+            if old != folder:
+                shutil.rmtree(old)
+    dist.barrier()
+    return folder
+
+
+def newest(path: Path) -> Path:
+    """The whole checkpoint of the latest step in a folder. `ValueError` where there is none."""
+    found = sorted(path.glob("step-*"))
+    if not found:
+        raise ValueError(f"{path} holds no whole checkpoint: nothing to resume from")
+    return found[-1]
+
+
+def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Into a model and optimizer of any layout, in place; every rank calls this."""
+    weights, moments = get_state_dict(model, optimizer, options=FLAT)
+    state: dict[str, Any] = {"model": weights, "optimizer": moments}
+    dcp.load(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
+    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"], options=FLAT)
+
+
+def train_on_ranks(
+    config: TrainConfig, corpus: Corpus, out: Path, *, device: str, ep: int, checkpointing: bool, resume: bool
+) -> None:
+    """One rank of `torchrun -m moe_lab train`: checkpoints and, from rank 0, log and progress in `out`."""
+    with joined(device) as mine:
+        make = partial(DistributedTrainer, ep=ep, checkpointing=checkpointing)
+        train(config, corpus, out, device=mine, resume=resume, make=make)
+
+
+@contextmanager
+def joined(device: str) -> Iterator[str]:
+    """The group of ranks that torchrun started, for a while; the device of this one."""
+    cuda = device.startswith("cuda")
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    backend = choose_backend("auto" if cuda else "gloo", int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    if cuda:
+        torch.cuda.set_device(local)
+    dist.init_process_group(backend)
+    try:
+        yield f"cuda:{local}" if cuda else device
+        dist.barrier()  # without it gloo now and then aborts at exit
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,128 @@
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+import training_jobs as jobs
+
+from moe_lab.jobs.corpus_file import Corpus, Split, save_corpus
+from moe_lab.jobs.evaluate import as_tensor
+from moe_lab.jobs.train import TrainConfig, Trainer, train
+from moe_lab.jobs.train_distributed import load_checkpoint, newest
+from moe_lab.parallel import RankPool
+from moe_lab.parallel.ranks import RankError
+from moe_lab.study.trace import Document
+from tests.test_lm import TINY
+
+CONFIG = TrainConfig(model=TINY, steps=6, batch=4, warmup=3, log_every=2, save_every=3, eval_files=1)
+
+
+def split(text: bytes) -> Split:
+    document = Document("stdlib:x.py", "python", hashlib.sha256(text).hexdigest(), 0, len(text))
+    return Split(as_tensor(text), torch.tensor([0, len(text)]), (document,))
+
+
+@pytest.fixture(scope="module")
+def corpus():
+    text = Path(json.__file__).read_bytes()
+    return Corpus(split(text[:8000]), split(text[8000:8200]), {})
+
+
+@pytest.fixture(scope="module")
+def pool():
+    with RankPool(4, backend="gloo") as pool:
+        yield pool
+
+
+@pytest.fixture(scope="module")
+def unbroken(pool, corpus, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("unbroken")
+    return folder, pool.run(jobs.run, CONFIG, corpus, folder, 2)[0]
+
+
+def log(folder):
+    found = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name != "seconds"} for line in found]
+
+
+def same(got, expected):
+    assert got.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(got[name], tensor), name
+
+
+def test_resumed_equals_unbroken_to_the_bit(pool, corpus, unbroken, tmp_path):
+    pool.run(jobs.run, CONFIG, corpus, tmp_path, 2, stop=3)
+    same(pool.run(jobs.run, CONFIG, corpus, tmp_path, 2, resume=True)[0], unbroken[1])
+    assert log(tmp_path) == log(unbroken[0])
+
+
+def test_the_run_is_that_of_one_process(corpus, unbroken, tmp_path):
+    train(CONFIG, corpus, tmp_path)
+    for ours, theirs in zip(log(unbroken[0]), log(tmp_path), strict=True):
+        assert ours.keys() == theirs.keys()
+        assert ours["bits_per_byte"] == pytest.approx(theirs["bits_per_byte"], rel=1e-5)
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
+
+
+@pytest.mark.parametrize("ep", [1, 4])
+def test_a_checkpoint_loads_on_another_layout_to_the_bit(pool, corpus, unbroken, ep):
+    same(pool.run(jobs.loaded, CONFIG, corpus, unbroken[0] / "checkpoints", ep)[0], unbroken[1])
+
+
+def test_a_checkpoint_loads_in_one_process_to_the_bit(corpus, unbroken):
+    trainer = Trainer(CONFIG, corpus, "cpu")
+    load_checkpoint(newest(unbroken[0] / "checkpoints"), trainer.model, trainer.optimizer)
+    same(jobs.state(trainer), unbroken[1])
+
+
+def test_killed_in_a_save_the_last_checkpoint_is_whole(pool, corpus, unbroken):
+    path = unbroken[0] / "checkpoints"
+    with pytest.raises(RankError, match="rank 0 failed first:\nprocess died"):
+        pool.run(jobs.killed_in_save, CONFIG, corpus, path, 2)
+    assert sorted(p.name for p in path.iterdir()) == ["part-00000099", "step-00000006"]
+    same(pool.run(jobs.loaded, CONFIG, corpus, path, 2)[0], unbroken[1])
+
+
+@pytest.mark.parametrize(("change", "message"), [({"batch": 6}, "batch=6 must divide"), ({"compile": True}, "compile")])
+def test_what_many_ranks_cannot_do_is_refused(pool, corpus, tmp_path, change, message):
+    with pytest.raises(RankError, match=message):
+        pool.run(jobs.run, dataclasses.replace(CONFIG, **change), corpus, tmp_path, 2)
+
+
+def test_nothing_to_resume_from_is_named(tmp_path):
+    with pytest.raises(ValueError, match="holds no whole checkpoint"):
+        newest(tmp_path)
+
+
+@pytest.mark.slow
+def test_torchrun_names_a_killed_rank_and_ends_the_rest(corpus, tmp_path):
+    corpus_path = tmp_path / "corpus.safetensors"
+    save_corpus(corpus, corpus_path)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "moe_lab"]
+    command += ["train", "--ep", "2", "--device", "cpu", "--batch", "2", "--log-every", "1"]
+    command += ["--corpus", str(corpus_path), "--out", str(tmp_path / "run")]
+    environ = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    with subprocess.Popen(command, env=environ, stderr=subprocess.PIPE, text=True, start_new_session=True) as job:
+        try:
+            while not (tmp_path / "run/log.jsonl").exists() and job.poll() is None:
+                time.sleep(0.1)
+            ranks = psutil.Process(job.pid).children()
+            victim = next(rank for rank in ranks if rank.environ().get("RANK") == "1")
+            victim.kill()
+            _, error = job.communicate(timeout=10)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(job.pid, signal.SIGKILL)
+    assert job.returncode != 0
+    assert f"rank      : 1 (local_rank: 1)\n  exitcode  : -9 (pid: {victim.pid})" in error
+    assert not any(rank.is_running() for rank in ranks)

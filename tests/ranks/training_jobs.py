@@ -1,0 +1,49 @@
+"""Sharded training as ranks run it."""
+
+import os
+import signal
+from functools import partial
+from pathlib import Path
+
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from sharding_jobs import whole
+
+from moe_lab.jobs.train import train
+from moe_lab.jobs.train_distributed import DistributedTrainer, load_checkpoint, newest, save_checkpoint
+
+
+def state(trainer):
+    """Every weight, bias and moment, whole."""
+    found = {name: whole(tensor) for name, tensor in trainer.model.state_dict().items()}
+    names = {p: name for name, p in trainer.model.named_parameters()}
+    for p, values in trainer.optimizer.state.items():
+        found |= {f"{names[p]}.{key}": whole(value) for key, value in values.items()}
+    return found
+
+
+def run(config, corpus, out, ep, **options):
+    trainer = train(config, corpus, Path(out), make=partial(DistributedTrainer, ep=ep), **options)
+    found = state(trainer)
+    return found if dist.get_rank() == 0 else None
+
+
+def loaded(config, corpus, path, ep):
+    trainer = DistributedTrainer(config, corpus, "cpu", ep=ep)
+    load_checkpoint(newest(Path(path)), trainer.model, trainer.optimizer)
+    found = state(trainer)
+    return found if dist.get_rank() == 0 else None
+
+
+def killed_in_save(config, corpus, path, ep):
+    """A save that ends with a rank's death once its data are written."""
+    trainer = DistributedTrainer(config, corpus, "cpu", ep=ep)
+    save = dcp.save
+
+    def die(*args, **kwargs):
+        save(*args, **kwargs)
+        if dist.get_rank() == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    dcp.save = die
+    save_checkpoint(Path(path), 99, trainer.model, trainer.optimizer, config)
