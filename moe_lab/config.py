@@ -54,7 +54,9 @@ def check_threshold(name: str, value: object) -> None:
 class RouterConfig:
     """How logits become a choice of experts and their gates.
 
-    `score_func`: softmax and sigmoid as usual; sqrt_softplus is sqrt(log(1 + e^x)).
+    `score_func`: softmax and sigmoid as usual; sqrt_softplus is sqrt(log(1 + e^x)). Experts are chosen by score,
+        which rounds: all logits above 17.4 have a sigmoid of 1 in float32, and of equal scores the lowest expert
+        wins. Llama 4 chooses by logit, so there it can differ from its preset.
     `route_norm`: divide the K gates of a token by their sum + 1e-20. Softmax over the chosen logits
         (gpt-oss) is softmax with `route_norm`.
     `route_scale`: multiplies the gates last (DeepSeek-V3: 2.5).

@@ -308,3 +308,19 @@ def test_one_graph_whatever_the_routing_or_a_reason(call):
         [sys.executable, "-c", script], env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_resetting_gives_the_weights_of_a_new_layer():
+    config = MoEConfig(dim=8, hidden_dim=4, num_experts=4, top_k=2, num_shared_experts=1, shared_expert_gate=True)
+    torch.manual_seed(3)
+    new = MoE(config)
+    with torch.device("meta"):
+        again = MoE(config)
+    again.to_empty(device="cpu")  # buffers hold anything now
+    again.expert_bias_E.fill_(7.0)
+    again.tokens_per_expert_E.fill_(7)
+    torch.manual_seed(3)
+    again.reset_parameters()
+    assert not again.tokens_per_expert_E.any()
+    for name, value in new.state_dict().items():  # the balancing bias too
+        assert torch.equal(again.state_dict()[name], value), name

@@ -272,3 +272,9 @@ def test_a_forward_hook_sees_the_routing():
     router.register_forward_hook(lambda module, args, output: seen.append(output))
     routing = router(torch.randn(3, 8), torch.zeros(4))
     assert seen[0] is routing
+
+
+def test_saturated_sigmoids_are_ties():
+    logits_TE = torch.tensor([[17.4, 19.0, 18.0, 3.0]])
+    assert route(logits_TE, RouterConfig(score_func="sigmoid"), 2).expert_ids_TK.tolist() == [[0, 1]]
+    assert route(logits_TE - 9, RouterConfig(score_func="sigmoid"), 2).expert_ids_TK.tolist() == [[1, 2]]

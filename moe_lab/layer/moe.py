@@ -64,6 +64,15 @@ class MoE(nn.Module):
             "tokens_per_expert_E", torch.zeros(config.num_experts, dtype=torch.int64), persistent=False
         )
 
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw all weights again, each part in its own way; the balancing bias and the counts begin at zero."""
+        for part in self.modules():
+            if isinstance(part, (nn.Linear, GroupedExperts)):
+                part.reset_parameters()
+        self.expert_bias_E.zero_()
+        self.tokens_per_expert_E.zero_()
+
     def forward(self, x: Float[Tensor, "*tokens D"]) -> Float[Tensor, "*tokens D"]:
         """(T, D) or (B, L, D) -> the same shape. `ValueError` for any other, naming it."""
         if x.dim() not in (2, 3) or x.shape[-1] != self.config.dim or not x.is_floating_point():

@@ -1,12 +1,13 @@
 """Routers of transformers models, known by their structure: nothing here imports transformers.
 
-Since version 5 every router there is a module with integers `top_k` and `num_experts` that returns logits (T, E),
-gates (T, K) and expert ids (T, K); Llama 4's returns scores and logits (T, E), its scores being 0 for experts that
-were not chosen.
+Since version 5 nearly every router there is a module with integers `top_k` and `num_experts` that returns logits
+(T, E), gates (T, K) and expert ids (T, K); Llama 4's returns scores and logits (T, E), its scores being 0 for experts
+that were not chosen.
 """
 
 from __future__ import annotations
 
+import re
 from itertools import product
 from typing import NamedTuple, get_args
 
@@ -43,6 +44,23 @@ def is_router(module: nn.Module) -> bool:
     numbers = [getattr(module, name, None) for name in ("top_k", "num_experts")]
     known = isinstance(module, TokenChoiceTopKRouter) or hasattr(module, "experts")
     return all(type(number) is int for number in numbers) and not known
+
+
+def find_routers(model: nn.Module) -> dict[nn.Module, str]:
+    """The routers inside a model and their names.
+
+    Raises `ValueError` when there is none, naming modules that are called routers but do not say how many experts
+    they choose of how many (Gemma 4, DBRX, Switch, NLLB): what they return could not be told apart.
+    """
+    found = {module: name for name, module in model.named_modules() if is_router(module)}
+    if found:
+        return found
+    kinds = {type(module).__name__: name for name, module in model.named_modules()}
+    near = [f"; {kind} ({name!r}) has not both" for kind, name in kinds.items() if re.search("Router$|Gating$", kind)]
+    raise ValueError(
+        f"{type(model).__name__} holds nothing to record: neither a TokenChoiceTopKRouter nor a router of "
+        f"transformers 5 (a module with integers top_k and num_experts){''.join(near)}"
+    )
 
 
 def balancing_bias(router: nn.Module) -> Float[Tensor, " E"] | None:

@@ -14,6 +14,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from moe_lab.config import check_int
+from moe_lab.study.compact import slices
 from moe_lab.study.info import TraceInfo
 from moe_lab.study.validate import check_layout, check_values
 
@@ -89,7 +90,7 @@ class Columns:
     @cached_property
     def counts_LE(self) -> Int[Tensor, "L E"]:
         """Assignments kept by each expert, int64, over valid tokens."""
-        return self.counts_by(torch.zeros(self.num_tokens, dtype=torch.int64), 1)[:, 0]
+        return self.counts_by(torch.zeros(1, dtype=torch.int64).expand(self.num_tokens), 1)[:, 0]
 
     @cached_property
     def dropped_L(self) -> Int[Tensor, " L"]:
@@ -99,11 +100,10 @@ class Columns:
     def counts_by(self, group_T: Int[Tensor, " T"], num_groups: int) -> Int[Tensor, "L G E"]:
         """Assignments by layer, group of tokens and expert; tokens of group -1 or not valid do not count."""
         # numpy, because threads that wait for each other make this 50 times slower on a busy machine
-        group_T = torch.where(self.valid_T, group_T.long(), -1)
-        first_T = torch.where(group_T < 0, -1, group_T * self.num_experts).numpy()
         counts = np.zeros((self.num_layers, num_groups * self.num_experts), dtype=np.int64)
         for part in slices(self.num_tokens):
-            first_t1 = first_T[part, None]
+            group_t = torch.where(self.valid_T[part], group_T[part].long(), -1)
+            first_t1 = torch.where(group_t < 0, -1, group_t * self.num_experts).numpy()[:, None]
             for counts_N, ids_TK in zip(counts, self.expert_ids_LTK.numpy(), strict=True):
                 kept_tK = (first_t1 >= 0) & (ids_TK[part] >= 0)
                 cell_N = (first_t1 + ids_TK[part])[kept_tK]
@@ -209,11 +209,6 @@ class Columns:
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         trace.__dict__.update(values | changes)
         return trace
-
-
-def slices(num_tokens: int, size: int = 2**17) -> Iterator[slice]:
-    """All tokens in pieces, so that what is computed of a long trace fits in memory."""
-    return (slice(start, start + size) for start in range(0, num_tokens, size))
 
 
 def _positions(keep_T: Tensor) -> slice | Tensor:

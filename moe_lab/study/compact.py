@@ -1,6 +1,8 @@
-"""The small dtypes that a trace is kept in."""
+"""What keeps a trace small: narrow dtypes, and work in pieces."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -17,3 +19,8 @@ def half(name: str, values: Tensor) -> Tensor:
     if not small.isfinite().all():
         raise ValueError(f"{name} are not finite in float16 (at most 65504): a trace cannot hold them")
     return small
+
+
+def slices(num_tokens: int, size: int = 2**17) -> Iterator[slice]:
+    """All tokens in pieces, so that what is computed of a long trace fits in memory."""
+    return (slice(start, start + size) for start in range(0, num_tokens, size))

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from moe_lab.layer.router import limit_groups, score
-from moe_lab.study.columns import slices
+from moe_lab.study.compact import slices
 from moe_lab.study.trace import RoutingTrace
 
 

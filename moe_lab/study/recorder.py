@@ -71,18 +71,12 @@ class Recorder:
     ) -> None:
         check_int("max_tokens", max_tokens, 1)
         self._model, self._gates, self._logits, self._max_tokens = model, gates, logits, max_tokens
-        found = [(name, m) for name, m in model.named_modules() if isinstance(m, TokenChoiceTopKRouter)]
-        found = found or [(name, m) for name, m in model.named_modules() if hf.is_router(m)]
-        if not found:
-            raise ValueError(
-                f"{type(model).__name__} holds nothing to record: neither a TokenChoiceTopKRouter nor a router of "
-                "transformers 5 (a module with top_k and num_experts)"
-            )
-        if len({_kind(m) for _, m in found}) > 1:
+        own = {m: name for name, m in model.named_modules() if isinstance(m, TokenChoiceTopKRouter)}
+        self._routers: dict[nn.Module, str] = own or hf.find_routers(model)  # type: ignore[assignment]
+        if len({_kind(m) for m in self._routers}) > 1:
             raise ValueError("routers differ in num_experts, top_k or config: record layers that are alike")
-        self._num_experts, self._top_k = _kind(found[0][1])[:2]
+        self._num_experts, self._top_k = _kind(next(iter(self._routers)))[:2]
         check_int("num_experts", self._num_experts, 1, MAX_EXPERTS)
-        self._routers: dict[nn.Module, str] = {m: name for name, m in found}
         self._config: RouterConfig | None = None  # of a router of transformers: found from its first decision
         self._handles: list[RemovableHandle] = []
         self._used = False

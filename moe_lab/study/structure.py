@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from moe_lab.config import check_int
-from moe_lab.study.columns import slices
+from moe_lab.study.compact import slices
 from moe_lab.study.trace import RoutingTrace
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from moe_lab.contracts import check_ids
+from moe_lab.study.compact import slices
 from moe_lab.study.info import TraceInfo
 
 if TYPE_CHECKING:
@@ -67,9 +68,12 @@ def check_values(trace: Columns) -> None:
         bad = low if low < 0 else high
         raise ValueError(f"document_T holds {bad}: info has documents 0..{len(trace.info.documents) - 1}")
     length_G = torch.tensor([document.length for document in trace.info.documents])
-    outside_T = (trace.position_T < 0) | (trace.position_T >= length_G[trace.document_T.long()])
-    if outside_T.any():
-        token = int(outside_T.int().argmax())
+    for part in slices(trace.num_tokens):
+        position_t = trace.position_T[part]
+        outside_t = (position_t < 0) | (position_t >= length_G[trace.document_T[part].long()])
+        if not outside_t.any():
+            continue
+        token = part.start + int(outside_t.int().argmax())
         document = trace.info.documents[int(trace.document_T[token])]
         raise ValueError(
             f"position_T of token {token} is {int(trace.position_T[token])}, outside document "

@@ -38,8 +38,8 @@ class TraceWriter:
                 writer.append(part)
 
     A trace's file is ordered by layer, so every layer is kept in a file of its own beside the target until the
-    end: twice the disk, and memory for one part only. Documents are taken over as they come, equal or not.
-    Nothing is written when the block raises. Raises `ValueError` for parts that differ in more than their
+    end: twice the disk, and memory for a few parts, however many come. Documents are taken over as they come, equal
+    or not. Nothing is written when the block raises. Raises `ValueError` for parts that differ in more than their
     documents and tokens, and when there is none.
     """
 

@@ -5,7 +5,7 @@ import torch
 
 from moe_lab import RouterConfig, RoutingTrace, record
 from moe_lab.models import hf
-from peers.tiny_models import MODELS, VOCAB, E, K, moe_blocks, tiny_model
+from peers.tiny_models import MODELS, VOCAB, D, E, K, moe_blocks, tiny_model
 
 CONFIGS = {
     "qwen3_moe": RouterConfig(route_norm=True),
@@ -132,6 +132,15 @@ def test_a_router_like_no_other_is_recorded_with_a_warning():
 def test_a_dense_model_has_nothing_to_record():
     model = tiny_model("mixtral").model.embed_tokens
     with pytest.raises(ValueError, match="Embedding holds nothing to record"):
+        record(model)
+
+
+@pytest.mark.parametrize("kind", ["Gemma4TextRouter", "DbrxRouter", "SwitchTransformersTop1Router", "OddTopKGating"])
+def test_a_router_that_does_not_say_how_many_is_refused_by_name(kind):
+    router = type(kind, (torch.nn.Linear,), {})(D, E)
+    router.num_experts = E  # as Switch and NLLB do, without top_k
+    model = torch.nn.Sequential(router)
+    with pytest.raises(ValueError, match=rf"holds nothing to record.*; {kind} \('0'\) has not both"):
         record(model)
 
 
