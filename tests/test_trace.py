@@ -728,3 +728,17 @@ def test_forwards_of_a_run_are_fields_that_are_kept_and_cut(tmp_path):
     with pytest.raises(ValueError, match="document step=-1"):
         dataclasses.replace(info.documents[0], step=-1)
     assert "step" not in make_trace().info.to_json(), "what is not known takes no room"
+
+
+def test_long_traces_are_counted_and_checked_in_pieces():
+    tokens, bad = 2**17 + 5, 2**17 + 3
+    logits_TE = torch.zeros(tokens, 3)
+    expert_T = torch.arange(tokens) % 3
+    trace = RoutingTrace.from_router_logits([logits_TE.scatter(1, expert_T[:, None], 1.0)], RouterConfig(), 1)
+    group_T = (torch.arange(tokens) >= 2**17).long()  # the last five are a group of their own
+    last_E = expert_T[-5:].bincount(minlength=3)
+    assert trace.counts_by(group_T, 2)[0].tolist() == [(expert_T.bincount() - last_E).tolist(), last_E.tolist()]
+    position_T = trace.position_T.clone()
+    position_T[bad] = tokens
+    with pytest.raises(ValueError, match=f"position_T of token {bad} is {tokens}"):
+        dataclasses.replace(trace, position_T=position_T)
