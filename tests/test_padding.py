@@ -42,3 +42,9 @@ def test_nan_in_the_padding_reaches_neither_rows_nor_gradients():
 @pytest.mark.parametrize(("multiple", "expected"), [(1, [0, 1, 8, 9]), (8, [0, 8, 8, 16]), (3, [0, 3, 9, 9])])
 def test_round_up(multiple, expected):
     assert round_up(torch.tensor([0, 1, 8, 9]), multiple).tolist() == expected
+
+
+def test_indices_by_hand():
+    padding = RowPadding.of(torch.tensor([2, 0, 3]), torch.tensor([4, 2, 4]), torch.device("cpu"))
+    assert padding.source_P.tolist() == [0, 1, -1, -1, -1, -1, 2, 3, 4, -1]
+    assert padding.target_R.tolist() == [0, 1, 6, 7, 8]
