@@ -16,7 +16,7 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 # Later may import earlier. Rooms in one row may import each other.
 ARROWS = [
-    {"config", "contracts", "fastpaths"},
+    {"config", "contracts", "fastpaths", "phases"},
     {"kernels"},
     {"layer"},
     {"parallel"},

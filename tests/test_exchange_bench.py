@@ -1,6 +1,6 @@
 import pytest
 
-from moe_lab.jobs.exchange_bench import describe, paired, rounds
+from moe_lab.jobs.exchange_bench import describe, load, paired, rounds, save
 from moe_lab.parallel import RankPool
 
 
@@ -25,3 +25,13 @@ def test_torchtitan_gives_the_same_results():
         for rank in pool.run(rounds, 64, 16, 6, 2, 2, warmup=1):
             assert rank["difference"] < 1e-6
             assert len(rank["ours"]) == len(rank["theirs"]) == 2
+
+
+def test_times_are_kept_with_their_machine(tmp_path):
+    by_rank = [{"ours": [0.001, 0.004, 0.003], "theirs": [0.002, 0.002, 0.002]}]
+    found = [paired(by_rank, 16, 8)]
+    save(tmp_path / "times.json", found, 1, 3)
+    environment, kept = load(tmp_path / "times.json")
+    assert kept == found
+    assert (environment["ranks"], environment["rounds"]) == (1, 3)
+    assert environment["device"].endswith("cores")

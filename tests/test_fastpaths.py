@@ -120,3 +120,25 @@ def test_values_are_summed_up():
             fastpaths.note("padded_rows", "dispatch", rows)
     entry = record.entries["padded_rows"]
     assert (entry.count, entry.total, entry.low, entry.high) == (3, 16, 2, 9)
+
+
+def test_forced_balance_on_one_rank_is_on_the_record(layer_config):
+    from moe_lab import MoE, RouterConfig
+
+    moe = MoE(layer_config(router=RouterConfig(force_load_balance="round_robin")))
+    with fastpaths.record() as record:
+        moe(torch.randn(3, 16))
+        MoE(layer_config())(torch.randn(3, 16))
+    assert record.count("force_load_balance_dispatch") == 1
+    assert "round robin over 8 experts on one rank" in str(record)
+
+
+def test_a_plan_with_drops_off_the_cpu_notes_that_it_waits():
+    from moe_lab.layer.plan import plan_local
+
+    with fastpaths.record() as record, pytest.raises(RuntimeError, match="meta"):
+        plan_local(torch.zeros(2, 2, dtype=torch.int64, device="meta"), 4, dropless=False)
+    assert record.count("host_sync") == 1
+    with fastpaths.record() as record:
+        plan_local(torch.zeros(2, 2, dtype=torch.int64), 4, dropless=False)
+    assert record.count("host_sync") == 0

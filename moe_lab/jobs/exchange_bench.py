@@ -9,8 +9,11 @@ out: rows come back as they went. NCCL where each rank has a GPU, else gloo. Nee
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +25,7 @@ from moe_lab.layer.all_to_all import AllToAllTokenDispatcher
 from moe_lab.layer.router import Routing, route
 from moe_lab.parallel.mesh import MeshExchange
 from moe_lab.parallel.ranks import RankPool
-from moe_lab.study.timing import Timing, ratio, summarise
+from moe_lab.study.timing import Timing, environment, ratio, summarise
 
 Step = Callable[[Tensor, Routing], Tensor]
 
@@ -114,6 +117,28 @@ def describe(times: PairedTimes) -> str:
     return "  ".join(cells)
 
 
+def cpu_model() -> str:
+    """What the kernel calls this CPU, and how many cores it lends."""
+    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    names = [line.partition(":")[2].strip() for line in info.splitlines() if line.startswith("model name")]
+    return f"{names[0] if names else 'CPU'}, {os.cpu_count()} cores"
+
+
+def save(path: Path, found: Sequence[PairedTimes], ranks: int, num_rounds: int) -> None:
+    """The measured times as JSON, with the machine, versions and date; `load` reads them."""
+    facts = environment(torch.device("cpu")) | {"device": cpu_model(), "ranks": ranks, "rounds": num_rounds}
+    shapes = [times._asdict() for times in found]
+    path.write_text(json.dumps({"environment": facts, "shapes": shapes}, indent=1) + "\n")
+
+
+def load(path: Path) -> tuple[dict[str, Any], list[PairedTimes]]:
+    """What `save` wrote: the environment, and the times of each shape."""
+    kept = json.loads(path.read_text())
+    rows = kept["shapes"]
+    timings = [{name: Timing(*row[name]) for name in ("ours", "theirs", "ratio")} for row in rows]
+    return kept["environment"], [PairedTimes(r["tokens"], r["dim"], **times) for r, times in zip(rows, timings)]
+
+
 def main() -> None:
     """Time every shape and print one line each."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -124,14 +149,19 @@ def main() -> None:
     parser.add_argument("--top-k", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--out", type=Path, help="keep the times in this JSON file")
     args = parser.parse_args()
     budget = 1e-5 if args.dtype == "float32" else 2e-2  # the peer rounds weighted rows, we their sum
+    found = []
     with RankPool(args.ranks, timeout=900.0) as pool:
         for tokens in args.tokens:
             for dim in args.dim:
                 by_rank = pool.run(rounds, tokens, dim, args.experts, args.top_k, args.rounds, dtype=args.dtype)
                 assert max(rank["difference"] for rank in by_rank) < budget, "the two disagree"
-                print(describe(paired(by_rank, tokens, dim)), flush=True)
+                found.append(paired(by_rank, tokens, dim))
+                print(describe(found[-1]), flush=True)
+    if args.out is not None:
+        save(args.out, found, args.ranks, args.rounds)
 
 
 if __name__ == "__main__":

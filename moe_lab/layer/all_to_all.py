@@ -7,7 +7,7 @@ from collections.abc import Callable
 from jaxtyping import Float
 from torch import Tensor
 
-from moe_lab import fastpaths
+from moe_lab import fastpaths, phases
 from moe_lab.config import MoEConfig
 from moe_lab.kernels.strided import strided_rows
 from moe_lab.layer.dispatch import LocalTokenDispatcher
@@ -109,7 +109,8 @@ class AllToAllTokenDispatcher(LocalTokenDispatcher):
         shared_TD = shared() if shared is not None else None
         returned_SD = yield returning
         if plan.send_padding is not None:
-            returned_SD = plan.send_padding.strip(returned_SD)
+            with phases.phase("combine"):
+                returned_SD = plan.send_padding.strip(returned_SD)
         return self.weigh(returned_SD, routing, plan.local, shared_TD, x_TD)
 
     def planning(self, routing: Routing) -> Program[ExchangePlan]:
@@ -117,42 +118,48 @@ class AllToAllTokenDispatcher(LocalTokenDispatcher):
         num_tokens, top_k = routing.expert_ids_TK.shape
         if self.tokens_per_rank not in (None, num_tokens):
             raise ValueError(f"this rank has {num_tokens} tokens: declared is tokens_per_rank={self.tokens_per_rank}")
-        if self.analytic and self.placement.is_identity:
-            local = forced_order(num_tokens, top_k, self.num_experts, routing.expert_ids_TK.device)
-        else:
-            slot_ids_TK = self.placement.slot_ids(routing.expert_ids_TK)
-            local = plan_local(slot_ids_TK, self.placement.num_slots, dropless=self.dropless)
+        with phases.phase("plan"):
+            if self.analytic and self.placement.is_identity:
+                local = forced_order(num_tokens, top_k, self.num_experts, routing.expert_ids_TK.device)
+            else:
+                slot_ids_TK = self.placement.slot_ids(routing.expert_ids_TK)
+                local = plan_local(slot_ids_TK, self.placement.num_slots, dropless=self.dropless)
         if self.analytic:
             counts = forced_matrix(num_tokens, self.config, self.placement)
             fastpaths.note("force_load_balance_dispatch", counts.reason)
         else:
             counts = CountMatrix(counts_RP=(yield self.exchange.all_gather(local.counts_E)))
-        return make_plan(self.exchange.rank, local, counts, routing.counts_E, config=self.config)
+        with phases.phase("plan"):
+            return make_plan(self.exchange.rank, local, counts, routing.counts_E, config=self.config)
 
     def pack(self, x_TD: Tensor, routing: Routing, plan: ExchangePlan) -> Tensor:
         """Rows in the order they are sent, padded if the splits want it."""
         if self.direct is not None:
             fastpaths.note("direct_equal_split_dispatch", self.direct)
-            rows_RD = strided_rows(x_TD, plan.local.order_R, plan.local.position_TK, self.exchange.size)
+            with phases.phase("pack"):
+                rows_RD = strided_rows(x_TD, plan.local.order_R, plan.local.position_TK, self.exchange.size)
         else:
             rows_RD = self.gather(x_TD, routing, plan.local)
         note_padding(plan, self.config, analytic=self.analytic, direction="dispatch")
-        return rows_RD if plan.send_padding is None else plan.send_padding.pad(rows_RD)
+        with phases.phase("pack"):
+            return rows_RD if plan.send_padding is None else plan.send_padding.pad(rows_RD)
 
     def unpack(self, received_SD: Tensor, plan: ExchangePlan) -> Tensor:
         """Received rows as the experts want them: expert by expert, padded to `pad_multiple`."""
-        if plan.receive_padding is not None:
-            received_SD = plan.receive_padding.strip(received_SD)
-        rows_RD = plan.reorder.to_expert_major(received_SD)
-        return rows_RD if plan.expert_padding is None else plan.expert_padding.pad(rows_RD)
+        with phases.phase("unpack"):
+            if plan.receive_padding is not None:
+                received_SD = plan.receive_padding.strip(received_SD)
+            rows_RD = plan.reorder.to_expert_major(received_SD)
+            return rows_RD if plan.expert_padding is None else plan.expert_padding.pad(rows_RD)
 
     def repack(self, rows_RD: Tensor, plan: ExchangePlan) -> Tensor:
         """The mirror of `unpack`."""
-        if plan.expert_padding is not None:
-            rows_RD = plan.expert_padding.strip(rows_RD)
-        rows_RD = plan.reorder.to_rank_major(rows_RD)
         note_padding(plan, self.config, analytic=self.analytic, direction="combine")
-        return rows_RD if plan.receive_padding is None else plan.receive_padding.pad(rows_RD)
+        with phases.phase("unpermute"):
+            if plan.expert_padding is not None:
+                rows_RD = plan.expert_padding.strip(rows_RD)
+            rows_RD = plan.reorder.to_rank_major(rows_RD)
+            return rows_RD if plan.receive_padding is None else plan.receive_padding.pad(rows_RD)
 
     def sum_over_ranks(self, counts_E: Tensor) -> Tensor:
         """Counts summed over the mesh; every rank calls it."""

@@ -58,7 +58,7 @@ class Log:
 
     @contextmanager
     def watch(self) -> Iterator[list[Sent]]:
-        """A list that every forward all-to-all inside the block is added to."""
+        """A list that every all-to-all inside the block is added to, those of gradients too."""
         sent: list[Sent] = []
         self._watchers.append(sent)
         try:

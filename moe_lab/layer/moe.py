@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from moe_lab import fastpaths
+from moe_lab import fastpaths, phases
 from moe_lab.config import MoEConfig
 from moe_lab.layer.balance import bias_delta
 from moe_lab.layer.capacity import drop_over_capacity
@@ -45,6 +45,7 @@ class MoE(nn.Module):
             combine=config.combine,
             score_before_experts=config.score_before_experts,
             dropless=config.capacity_factor is None,
+            forced=config.router.force_load_balance == "round_robin",
         )
         self.experts = GroupedExperts(
             config.dim,
@@ -83,7 +84,8 @@ class MoE(nn.Module):
         if x.device != self.router.gate.weight.device:
             raise ValueError(f"x is on {x.device}: must be on {self.router.gate.weight.device}, where the layer is")
         x_TD = x.reshape(-1, self.config.dim)
-        routing = self.router(x_TD, self.expert_bias_E)
+        with phases.phase("router"):
+            routing = self.router(x_TD, self.expert_bias_E)
         if self.training and not _in_backward():
             self.tokens_per_expert_E += routing.counts_E  # what was asked for, before drops
         if self.config.capacity_factor is not None:
@@ -91,14 +93,21 @@ class MoE(nn.Module):
         return self._computed(x_TD, routing).view(x.shape)
 
     def _computed(self, x_TD: Tensor, routing: Routing) -> Tensor:
-        shared = None if self.shared_experts is None else partial(self.shared_experts, x_TD)
+        shared = None if self.shared_experts is None else partial(self._shared, x_TD)
         if self.config.backend == "fused" and self.dispatcher.may_fuse:
             fastpaths.note("fused_dispatch_combine", "backend='fused', weighted in float32 at the combine")
-            out_TD = self.experts.fused(x_TD, routing)
+            with phases.phase("experts"):
+                out_TD = self.experts.fused(x_TD, routing)
             return out_TD if shared is None else out_TD + shared()
         rows_RD, plan = self.dispatcher.dispatch(x_TD, routing)
-        rows_RD = self.experts(rows_RD, plan.ends_E)
+        with phases.phase("experts"):
+            rows_RD = self.experts(rows_RD, plan.ends_E)
         return self.dispatcher.combine(rows_RD, routing, plan, shared=shared, x_TD=x_TD)
+
+    def _shared(self, x_TD: Tensor) -> Tensor:
+        assert self.shared_experts is not None
+        with phases.phase("shared experts"):
+            return self.shared_experts(x_TD)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MoE:
         # The bias moves by steps far below a bfloat16 ulp: `.bfloat16()` must not round it.

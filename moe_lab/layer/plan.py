@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Int, Int32
 from torch import Tensor
 
-from moe_lab import contracts
+from moe_lab import contracts, fastpaths
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -75,6 +75,8 @@ def plan_local(
     position_N = torch.empty_like(order_N)
     position_N[order_N] = torch.arange(ids_N.numel(), device=ids_N.device)
     if not dropless:
+        if ids_N.device.type != "cpu":
+            fastpaths.note("host_sync", "dropped assignments get no row: the number of rows is read")
         num_rows = int((ids_N >= 0).sum())
         order_N = order_N[:num_rows]
         position_N = torch.where(ids_N < 0, -1, position_N)

@@ -64,8 +64,12 @@ class MeshExchange:
             )
             return out_SD, lambda: _kept(torch.ops._c10d_functional.wait_tensor(out_SD), rows_SD)
         out_SD = rows_SD.new_empty(num_received, rows_SD.shape[1])
-        work = dist.all_to_all_single(out_SD, rows_SD, receive, send, group=self.group, async_op=True)
+        work = self.post(out_SD, rows_SD, receive, send)
         return out_SD, lambda: _kept(_done(work, out_SD), rows_SD)
+
+    def post(self, out_SD: Tensor, rows_SD: Tensor, receive: list[int] | None, send: list[int] | None) -> Any:
+        """Start one all-to-all by c10d; the work that says when it is done."""
+        return dist.all_to_all_single(out_SD, rows_SD, receive, send, group=self.group, async_op=True)
 
 
 def _done(work: Any, result: Tensor) -> Tensor:
@@ -122,5 +126,6 @@ class _Finish(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         flight = ctx.flight
+        flight.exchange.log.note(grad, flight.receive, flight.exchange.size)
         _, flight.returned = flight.exchange.start(grad, flight.receive, flight.send)
         return grad, None  # of the right shape; what `_Start` passes on is the buffer now arriving

@@ -98,7 +98,10 @@ class VirtualExchange:
         segments = [segments[self.rank] for segments in posted]
         if receive is not None and [len(segment) for segment in segments] != receive:
             raise RuntimeError(f"rank {self.rank} expects {receive} rows, sent are {[len(s) for s in segments]}")
-        return torch.cat(segments)
+        received_SD = torch.cat(segments)
+        if received_SD.requires_grad:  # on real ranks gradients travel the other way: counted, though nothing moves
+            received_SD.register_hook(lambda grad_SD: self.log.note(grad_SD, receive, self.size))
+        return received_SD
 
 
 class _Posted:

@@ -41,6 +41,20 @@ def traffic(seeds, ep):
     return counted
 
 
+def traffic_both_ways(seed):
+    """What the exchange counted forward and backward, and the splits of the plan."""
+    case = parallel_cases.draw(seed, (dist.get_world_size(),))
+    moe, plans = wire(case.build(), dist.group.WORLD, **case.options), []
+    moe.dispatcher.unpack, unpack = (
+        lambda rows, plan: (plans.append(plan), unpack(rows, plan))[1],
+        moe.dispatcher.unpack,
+    )
+    with moe.dispatcher.exchange.log.watch() as sent:
+        moe(case.inputs()[dist.get_rank()][0].requires_grad_()).sum().backward()
+    (plan,) = plans
+    return [list(one.rows_R) for one in sent], plan.send_splits, plan.receive_splits
+
+
 def wire_with(changes, options):
     """Wire a layer whose settings this rank changes by `changes[rank]`, with `options[rank]`."""
     config = MoEConfig(dim=8, hidden_dim=8, num_experts=12, top_k=2).replace(**changes.get(dist.get_rank(), {}))

@@ -1,7 +1,7 @@
 import pytest
 import rank_jobs  # noqa: F401  (the folder is on the path)
 import torch
-from exchange_jobs import balance, on_dirty_memory, overlap_order, run_cases, traffic, wire_with
+from exchange_jobs import balance, on_dirty_memory, overlap_order, run_cases, traffic, traffic_both_ways, wire_with
 
 from moe_lab import MoE, MoEConfig
 from moe_lab.layer.all_to_all import AllToAllTokenDispatcher
@@ -42,6 +42,12 @@ def test_real_ranks_equal_virtual_ranks_to_the_bit_and_the_one_rank_layer(pool, 
         for name, grad in weights.items():
             if name.startswith("experts") and case.placement is None:
                 assert torch.equal(torch.cat([got[name] for got in real]), grad), f"{case}: {name}"
+            elif name.startswith("experts") and case.placement is not None:
+                # a rank has the gradients of its own slots: those of an expert's replicas add up to the expert's
+                slots = torch.tensor(case.placement.expert_of_slot)
+                by_slot = torch.cat([got[name] for got in real])
+                summed = torch.zeros_like(expected[0][name]).index_add_(0, slots, by_slot)
+                check(summed, [exact[name] for exact in expected], f"{case}: {name}")
             elif not name.startswith("experts"):
                 check(sum(got[name] for got in real), [exact[name] for exact in expected], f"{case}: {name}")
 
@@ -87,6 +93,19 @@ def test_counted_bytes_are_those_of_the_plans(pool):
                 assert list(dispatch.rows_R) == (plan.send_splits or even)
                 assert list(combine.rows_R) == (plan.receive_splits or even)
                 assert dispatch.row_bytes == case.config.dim * 8
+
+
+def test_gradients_are_counted_on_their_way_back(pool):
+    seed = next(s for s in range(99) if draw(s, (4,)).config.equal_split == "off" and all(draw(s, (4,)).tokens))
+    for sent, there, back in pool.run(traffic_both_ways, seed):
+        assert sent == [there, back, there, back]  # dispatch, combine; gradients of combine, then of dispatch
+    case = draw(seed, (4,))
+    ranks = VirtualRanks(case.build(), 4, **case.options)
+    with ranks.mesh.exchanges[1].log.watch() as sent:
+        outs = ranks([x.view(-1, case.config.dim).requires_grad_() for x, _ in case.inputs()])
+        sum(out.sum() for out in outs).backward()
+    plan = ranks.plans[1]
+    assert [list(one.rows_R) for one in sent] == [plan.send_splits, plan.receive_splits] * 2
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,12 @@ from moe_lab.jobs.importing import read_source
 from moe_lab.study.counts import CountsTrace
 from moe_lab.study.trace import RoutingTrace
 from moe_lab.view.panels.counts import CountsPanel
+from moe_lab.view.panels.exchange import ExchangePanel
+from moe_lab.view.panels.padding import PaddingPanel
 from moe_lab.view.panels.routing import RoutingPanel
 from moe_lab.view.panels.routing_compute import shipped_names
 
-__all__ = ["CountsPanel", "RoutingPanel", "open_panel"]
+__all__ = ["CountsPanel", "ExchangePanel", "PaddingPanel", "RoutingPanel", "open_panel"]
 
 
 def open_panel(

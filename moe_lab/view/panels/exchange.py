@@ -1,0 +1,220 @@
+"""The exchange panel: who sends how much to whom, from plans alone; and the same on real ranks, at a press."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from html import escape
+from itertools import islice
+from typing import Any, NamedTuple
+
+import ipywidgets as widgets
+
+from moe_lab import data
+from moe_lab.config import EqualSplit
+from moe_lab.jobs.exchange_runs import exchange_ids
+from moe_lab.layer.placement import Placement
+from moe_lab.layer.splits import CountMatrix, EqualSplits, UnequalSplits, choose_splits
+from moe_lab.parallel.ranks import RankError, RankPool
+from moe_lab.study.batches import count_matrix, micro_batches
+from moe_lab.study.load import ALL_DOMAINS
+from moe_lab.study.trace import RoutingTrace
+from moe_lab.view import theme
+from moe_lab.view.exchanging import MatrixText, heat, received
+from moe_lab.view.panels.base import Panel, control
+from moe_lab.view.pictures import heading, inset
+
+SHUFFLED, SORTED = "shuffled documents", "one after another (control)"
+PLANS: tuple[EqualSplit, ...] = ("off", "adaptive", "force")
+MOST_RANKS, RUNS, DIM = 8, 10, 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class Params:
+    """Everything that the panel shows follows from this. Traces are compared by identity."""
+
+    trace: RoutingTrace
+    ep: int
+    layer: int
+    domain: str
+    tokens: int
+    equal_split: EqualSplit
+    packing: str
+
+
+class View(NamedTuple):
+    """One micro-batch: each rank's expert ids, who sends how much to whom, and how."""
+
+    ids: list[Any]
+    counts: CountMatrix
+    splits: UnequalSplits | EqualSplits
+
+
+@lru_cache(maxsize=64)
+def compute(params: Params) -> View:
+    """The first micro-batch and its plan. `ValueError` when the domain has too few tokens for the ranks."""
+    trace = params.trace if params.domain == ALL_DOMAINS else params.trace.domain(params.domain)
+    batches = micro_batches(trace, params.layer, params.ep, params.tokens, shuffle=params.packing == SHUFFLED)
+    (ids,) = islice(batches, 1)
+    counts = count_matrix(ids, Placement.blockwise(trace.num_experts, params.ep))
+    return View(ids, counts, choose_splits(counts.splits_RR, params.equal_split))
+
+
+class ExchangePanel(Panel):
+    """Steer one exchange of a recorded trace over EP ranks; run it on real ones.
+
+    `function` is what real ranks run (`moe_lab.jobs.exchange_runs.exchange_ids`).
+    """
+
+    def __init__(self, source: str = "balanced_wide", *, function: Callable[..., Any] = exchange_ids) -> None:
+        self.trace, self._source, self._function = data.open(source), source, function
+        experts = self.trace.num_experts
+        eps = [ep for ep in (2, 4, 8, 16, 32, 64) if experts % ep == 0]
+        self.ep = control(widgets.SelectionSlider, "EP", "170px", options=eps, value=4)
+        layers = self.trace.info.layers
+        self.layer = control(widgets.IntSlider, "layer", "180px", min=min(layers), max=max(layers), value=layers[0])
+        self.domain = control(widgets.Dropdown, "domain", "155px", options=[ALL_DOMAINS, *self.trace.domains])
+        sizes = [32, 64, 128, 256, 512, 1024]
+        self.tokens = control(widgets.SelectionSlider, "tokens a rank", "220px", options=sizes, value=256)
+        self.equal_split = control(widgets.Dropdown, "equal splits", "165px", options=PLANS)
+        self.packing = control(widgets.Dropdown, "packing", "270px", options=[SHUFFLED, SORTED])
+        self.heat_image, self.bar_image = (widgets.Image(format="png") for _ in range(2))
+        self.ran = widgets.HTML()
+        controls = [self.ep, self.layer, self.domain, self.tokens, self.equal_split, self.packing]
+        super().__init__([controls], [self.heat_image, self.bar_image])
+        self.progress = widgets.IntProgress(min=0, max=RUNS, layout={"width": "160px"})
+        self.run_button = self.button("run on real ranks", "the same rows over gloo, counted on the way", self.run)
+        self.cancel_button = self.button("cancel", "kill the ranks, even in a hung exchange", self.cancel)
+        self.cancel_button.disabled = True
+        self.buttons.children = (*self.buttons.children, self.progress, self.ran)
+        self.pool: RankPool | None = None
+        self._worker: threading.Thread | None = None
+        self._stop = threading.Event()
+        self.watch(controls, self.refresh)
+        self.refresh()
+
+    def params(self) -> Params:
+        """What the controls say."""
+        return Params(
+            trace=self.trace,
+            ep=self.ep.value,
+            layer=self.layer.value,
+            domain=self.domain.value,
+            tokens=self.tokens.value,
+            equal_split=self.equal_split.value,
+            packing=self.packing.value,
+        )
+
+    def _update(self) -> None:
+        self.shown = compute(self.params())
+        self.heat_image.value, self.bar_image.value = (theme.png(drawn) for drawn in self._figures())
+        self.numbers.value = f"{escape(self._line())}<br>{escape(self.shown.splits.reason)}"
+        if self._worker is None:
+            self.ran.value = ""
+
+    def _line(self) -> str:
+        params, rows_R = self.params(), self.shown.counts.splits_RR.sum(dim=0)
+        zeros = sum(self.shown.splits.padded_rows(rank) for rank in range(params.ep))
+        of = f"{self._source} · {params.ep} ranks x {params.tokens:,} tokens · layer {params.layer} · {params.domain}"
+        return (
+            f"{of} · {params.packing} · straggler {float(rows_R.max() / rows_R.double().mean()):.2f} · "
+            f"{int(rows_R.sum()):,} rows sent, {zeros:,} zeros"
+        )
+
+    def _figures(self) -> list[Any]:
+        params, (_, counts, splits) = self.params(), self.shown
+        with theme.style():
+            left, right = (theme.figure(*theme.PICTURE) for _ in range(2))
+            axes = inset(left, left=34, right=10, bottom=34, top=40)
+            heading(axes, "Rows from rank to rank / mean", f"layer {params.layer} · {params.domain}")
+            heat(axes, counts.splits_RR.numpy())
+            axes.set(xlabel="to rank", ylabel="from rank")
+            axes = inset(right, left=44, right=10, bottom=34, top=40)
+            heading(axes, "Rows received", "line: the mean")
+            rows_R = counts.splits_RR.sum(dim=0).tolist()
+            even = isinstance(splits, EqualSplits)
+            zeros_R = [splits.size * counts.ep - n if isinstance(splits, EqualSplits) else 0 for n in rows_R]
+            received(axes, rows_R, zeros_R if even else [0] * len(rows_R))
+        return [left, right]
+
+    # real ranks
+
+    def run(self) -> None:
+        """Start real ranks on what is shown, in a thread; `cancel` ends it. One run at a time."""
+        if self._worker is not None:
+            return
+        params = self.params()
+        if params.ep > MOST_RANKS:
+            self.ran.value = f"real ranks: at most {MOST_RANKS} here, EP is {params.ep}"
+            return
+        self._stop.clear()
+        self.run_button.disabled, self.cancel_button.disabled, self.progress.value = True, False, 0
+        self.ran.value = "starting ranks ..."
+        self._worker = threading.Thread(target=self._work, args=(params, compute(params)), daemon=True)
+        self._worker.start()
+
+    def cancel(self) -> None:
+        """End a run under way, whatever its ranks do."""
+        self._stop.set()
+        if self.pool is not None:
+            self.pool.cancel()
+
+    def wait(self, seconds: float = 60.0) -> None:
+        """Until the run under way has ended, for tests and scripts."""
+        if (worker := self._worker) is not None:
+            worker.join(seconds)
+
+    def close(self) -> None:
+        """End the ranks."""
+        self.cancel()
+        self.wait()
+        if self.pool is not None:
+            self.pool.close()
+
+    def _work(self, params: Params, view: View) -> None:
+        try:
+            self.ran.value = escape(self._on_ranks(params, view))
+        except RankError as error:
+            self.ran.value = escape("cancelled" if self._stop.is_set() else str(error).splitlines()[0])
+        finally:
+            self._worker = None
+            self.run_button.disabled, self.cancel_button.disabled = False, True
+
+    def _on_ranks(self, params: Params, view: View) -> str:
+        if self.pool is None or self.pool.size != params.ep:
+            if self.pool is not None:
+                self.pool.close()
+            self.pool = RankPool(params.ep, backend="gloo")
+        ids, ms = [ids_TK.numpy() for ids_TK in view.ids], []
+        for turn in range(RUNS):
+            if self._stop.is_set():
+                return "cancelled"
+            ranks = self.pool.run(self._function, ids, self.trace.num_experts, params.equal_split, DIM)
+            ms.append(1e3 * max(rank["seconds"] for rank in ranks))
+            self.progress.value = turn + 1
+        counted = [rank["sent"][0][0] for rank in ranks]
+        even = [getattr(view.splits, "size", 0)] * params.ep
+        planned = [view.splits.send(rank) or even for rank in range(params.ep)]
+        same = "as planned" if counted == planned else "NOT as planned"
+        sent = sum(sum(rows) * width for rank in ranks for rows, width in rank["sent"])
+        return f"{params.ep} gloo ranks: rows {same}, {sent / 1e6:.1f} MB both ways, {sorted(ms)[RUNS // 2]:.1f} ms"
+
+    # forms
+
+    def text(self) -> str:
+        """The line of numbers and the matrix; above 8 ranks only what each receives."""
+        if self.ep.value <= 8:
+            return f"{self._line()}\n{MatrixText(self.shown.counts, self.shown.splits).text()}"
+        rows_R = self.shown.counts.splits_RR.sum(dim=0).tolist()
+        return f"{self._line()}\nreceived {' '.join(map(str, rows_R))}\n{self.shown.splits.reason}"
+
+    def csv(self) -> str:
+        """Rows from rank to rank."""
+        lines = [",".join(map(str, sent)) for sent in self.shown.counts.splits_RR.tolist()]
+        return "\n".join([",".join(f"to {rank}" for rank in range(self.ep.value)), *lines]) + "\n"
+
+    def png(self) -> bytes:
+        """The matrix."""
+        return bytes(self.heat_image.value)
