@@ -30,6 +30,16 @@ class Timing(NamedTuple):
     high: float
 
 
+class Spread(NamedTuple):
+    """Milliseconds of single runs: quartiles, high percentiles, mean."""
+
+    q25: float
+    q75: float
+    p90: float
+    p99: float
+    mean: float
+
+
 class Memory(NamedTuple):
     """Bytes above what was allocated before: kept when forward ends, without its output; and at the worst moment."""
 
@@ -95,6 +105,12 @@ def summarise(values: Sequence[float]) -> Timing:
     drawn = np.random.default_rng(0).choice(np.asarray(values), (1000, len(values)))
     low, high = np.quantile(np.median(drawn, axis=1), (0.025, 0.975))
     return Timing(statistics.median(values), float(low), float(high))
+
+
+def spread(runs: Sequence[float]) -> Spread:
+    """How single runs scatter."""
+    q25, q75, p90, p99 = np.quantile(runs, (0.25, 0.75, 0.9, 0.99)).tolist()
+    return Spread(q25, q75, p90, p99, statistics.fmean(runs))
 
 
 def ratio(times: Sequence[float], bound: Sequence[float]) -> Timing:
