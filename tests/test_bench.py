@@ -1,11 +1,15 @@
 import argparse
-import json
+import signal
+import subprocess
+import sys
 
 import pytest
 import torch
 
 from moe_lab.config import MoEConfig
 from moe_lab.jobs import bench
+from moe_lab.jobs.bench_table import measurements
+from moe_lab.study.measurements import load
 from moe_lab.study.timing import Timing
 
 CPU = torch.device("cpu")
@@ -29,12 +33,65 @@ def test_the_command_prints_a_table_and_writes_its_numbers(tiny, tmp_path, capsy
     assert run("--peers", "loop,grouped", "--dtype", "float32", "--rounds", "1", "--json", str(path)) == 0
     printed = capsys.readouterr().out
     assert "tiny   T 12  D 32  F 16  E 4  K 2" in printed
-    stored = json.loads(path.read_text())
-    assert stored["environment"]["torch"] == torch.__version__
-    assert stored["environment"]["command"].startswith("moe-lab")
-    rows = stored["results"][0]["rows"]
-    assert [row["arm"] for row in rows] == ["dense", "loop", "grouped"]
-    assert all(row["arm"] in printed and row["error"] in (None, pytest.approx(0, abs=1e-6)) for row in rows)
+    stored = load(path)
+    assert stored.environment["torch"] == torch.__version__
+    assert stored.environment["layers"] == "1 of 1"
+    assert str(stored.environment["command"]).startswith("moe-lab")
+    assert stored.values("arm") == ["dense", "loop", "grouped"]
+    assert stored.values("direction") == ["forward", "forward+backward"]
+    assert all(row.arm in printed and row.error in (None, pytest.approx(0, abs=1e-6)) for row in stored.rows)
+
+
+@pytest.mark.slow
+def test_an_interrupt_keeps_the_layers_that_were_measured(tmp_path):
+    path = tmp_path / "out.json"
+    code = (
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "from moe_lab.jobs import bench; from moe_lab.config import MoEConfig; from moe_lab import cli\n"
+        "size = dict(hidden_dim=16, num_experts=4, top_k=2)\n"
+        "bench.LAYERS |= {'tiny': MoEConfig(dim=32, **size), 'large': MoEConfig(dim=64, **size)}\n"
+        "sys.exit(cli.main(sys.argv[1:]))"
+    )
+    options = [
+        "bench",
+        "layer",
+        "--preset",
+        "tiny",
+        "--preset",
+        "large",
+        "--dtype",
+        "float32",
+        "--peers",
+        "loop",
+        "--rounds",
+    ]
+    argv = [sys.executable, "-c", code, *options, "40", "--tokens", "64", "--json", str(path)]
+    process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    assert process.stdout is not None
+    while not (line := process.stdout.readline()).startswith("loop"):
+        assert line, "ended before it printed a layer"
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130
+    stored = load(path)
+    assert stored.environment["layers"] == "1 of 2"
+    assert stored.values("layer") == ["tiny"]
+
+
+def test_rows_of_the_table_hold_every_number_of_a_result():
+    dense = bench.Row("dense", Timing(2.0, 1.9, 2.1), Timing(1.0, 1.0, 1.0), Timing(6.0, 5.9, 6.1), Timing(1, 1, 1))
+    fused = bench.Row(
+        "fused", Timing(4.0, 3.9, 4.1), Timing(2.0, 1.9, 2.1), Timing(9.0, 8.0, 10.0), Timing(1.5, 1.4, 1.6), 3, 5, 0.1
+    )
+    shape = {"T": 1, "D": 2, "F": 3, "E": 4, "K": 2}
+    kernels = {"sort": Timing(0.02, 0.01, 0.03)}
+    result = bench.Result("tiny", shape, 1.5, (dense, fused), kernels, {"sort": 0.01}, {"x": "y"})
+    table = measurements([result], {"device": "a CPU", "dtype": "float32"})
+    assert table.environment["tiny without x"] == "y"
+    there, back = table.select(arm="fused").rows
+    assert (there.median, there.ratio, there.dense_ms, there.error) == (4.0, 2.0, 2.0, 0.1)
+    assert (back.median, back.low, back.high, back.ratio, back.dense_ms) == (9.0, 8.0, 10.0, 1.5, 6.0)
+    assert (back.saved, back.peak, back.tokens, back.top_k, back.max_over_mean) == (3, 5, 1, 2, 1.5)
+    assert table.select(bench="kernels").rows[0].roofline_share == 0.5
 
 
 @pytest.mark.parametrize(

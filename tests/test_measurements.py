@@ -81,7 +81,7 @@ def test_a_table_is_written_and_read_again(tmp_path):
         ({"rows": [ROW | {"ratio": 1.0}]}, "ratio=1.0 must lie between ratio_low=None"),
         ({"rows": [ROW | {"direction": "sideways"}]}, "direction='sideways' is not known"),
         ({"rows": [ROW | {"repeats": [1.0, "x"]}]}, "repeats="),
-        ({"rows": [{k: v for k, v in ROW.items() if k != "arm"}]}, "row 0: missing 1 required keyword.*'arm'"),
+        ({"rows": [{k: v for k, v in ROW.items() if k != "arm"}]}, "row 0 lacks arm"),
     ],
 )
 def test_other_files_are_refused_by_name(tmp_path, changes, message):
@@ -120,4 +120,4 @@ def test_the_stored_gpu_table_says_where_it_was_measured():
     table = load(STORED)
     assert table.values("device") == [table.environment["device"]] == ["NVIDIA H200"]
     row = table.select(layer="10B_2B", arm="fused", direction="forward+backward").rows[0]
-    assert (row.median, row.ratio, row.peak) == (4.688143968582153, 1.4455714424201083, 656560128)
+    assert (row.median, row.ratio, row.peak) == (5.229840040206909, 1.4155606888600891, 656560128)

@@ -9,11 +9,10 @@ Routing is skewed: logits are normal, plus half a normal number an expert.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe_lab.config import PRESETS, MoEConfig, check_choice, check_int
+from moe_lab.jobs.bench_table import measurements
 from moe_lab.jobs.peers import PEERS, Arm, Inputs, arms
 from moe_lab.study import timing
 from moe_lab.study.timing import Timing
@@ -258,12 +258,15 @@ def main(args: argparse.Namespace) -> int:
         check_choice("preset", layer, LAYERS)
     facts: dict[str, Any] = timing.environment(device) | {"dtype": args.dtype, "rounds": args.rounds}
     print("  ".join(f"{name} {fact}" for name, fact in facts.items()))
-    results = []
-    for layer in layers:
-        tokens = TOKENS.get(layer, DEFAULT_TOKENS) if args.tokens is None else args.tokens
-        results.append(bench_layer(layer, tokens, device, getattr(torch, args.dtype), peers, args.rounds))
-        print(f"\n{results[-1]}", flush=True)
-    if args.json:
-        facts["command"] = " ".join(["moe-lab", *(Path(a).name if a == str(args.json) else a for a in sys.argv[1:])])
-        args.json.write_text(json.dumps({"environment": facts, "results": [asdict(r) for r in results]}, indent=1))
+    results: list[Result] = []
+    try:
+        for layer in layers:
+            tokens = TOKENS.get(layer, DEFAULT_TOKENS) if args.tokens is None else args.tokens
+            results.append(bench_layer(layer, tokens, device, getattr(torch, args.dtype), peers, args.rounds))
+            print(f"\n{results[-1]}", flush=True)
+    finally:  # an interrupt keeps the layers that were measured
+        if args.json:
+            argv = [Path(a).name if a == str(args.json) else a for a in sys.argv[1:]]
+            facts |= {"command": " ".join(["moe-lab", *argv]), "layers": f"{len(results)} of {len(layers)}"}
+            measurements(results, facts).save(args.json)
     return 0

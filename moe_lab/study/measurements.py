@@ -112,7 +112,7 @@ def _check_kinds(fields: Mapping[str, Any]) -> None:
 
 def _is(value: object, kind: object) -> bool:
     if kind in (int, float):
-        number = isinstance(value, (int, kind)) and not isinstance(value, bool)  # type: ignore[arg-type]
+        number = isinstance(value, (int, kind)) and not isinstance(value, bool)
         return number and 0 <= value < math.inf  # type: ignore[operator]
     if kind == tuple[float, ...]:
         return isinstance(value, tuple) and all(_is(item, float) for item in value)
@@ -124,6 +124,7 @@ def _kinds(annotation: Any) -> tuple[Any, ...]:
 
 
 FIELDS = {name: _kinds(kind) for name, kind in typing.get_type_hints(Measurement).items()}
+REQUIRED = [field.name for field in dataclasses.fields(Measurement) if field.default is dataclasses.MISSING]
 NAMES: dict[Any, str] = {
     int: "an integer >= 0",
     float: "a finite number >= 0",
@@ -235,11 +236,13 @@ def _row(number: int, row: Any) -> Measurement:
         raise ValueError(f"row {number} has unknown fields: {', '.join(unknown)}")
     if isinstance(row.get("repeats"), list):
         row = row | {"repeats": tuple(row["repeats"])}
+    if missing := [name for name in REQUIRED if name not in row]:
+        raise ValueError(f"row {number} lacks {', '.join(missing)}")
     try:
         _check_kinds(row)
         return Measurement(**row)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"row {number}: {str(error).replace('Measurement.__init__() ', '')}") from error
+    except ValueError as error:
+        raise ValueError(f"row {number}: {error}") from error
 
 
 HEADS = ("", "direction", "ms", "95 %", "IQR", "p90", "p99", "ratio", "95 %", "roofline", "saved", "peak", "error")
