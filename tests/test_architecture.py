@@ -106,7 +106,7 @@ MARKDOWN_FILE = re.compile(r"(?<![\w/:.-])([\w.-]+/)*[\w-]+\.md\b")
 def files():
     inside = (path for folder in FOLDERS for path in (ROOT / folder).rglob("*"))
     for path in sorted([*ROOT.iterdir(), *inside]):  # .git is a file in a working tree beside another
-        hidden = {"__pycache__", ".ipynb_checkpoints", ".git"} & set(path.parts)
+        hidden = {"__pycache__", ".ipynb_checkpoints", ".git", ".coverage"} & set(path.parts)
         if path.is_file() and path.suffix in SUFFIXES and not hidden and path != Path(__file__):
             yield path
 
