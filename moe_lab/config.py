@@ -12,7 +12,7 @@ ScoreFunc = Literal["softmax", "sigmoid", "sqrt_softplus"]
 GroupScore = Literal["top2", "max", "topk_share"]
 GateDtype = Literal["float32", "input"]
 ForcedBalance = Literal["round_robin", "random"]
-Backend = Literal["loop", "padded", "grouped", "fused"]
+Backend = Literal["loop", "padded", "grouped", "fused", "buffered", "batched", "auto"]
 DropPolicy = Literal["probs", "position"]
 Activation = Literal["swiglu", "clamped_swiglu"]
 CombineArm = Literal["gather", "scatter_add"]
@@ -183,9 +183,9 @@ class MoEConfig:
             check_bool(name, getattr(self, name))
         if self.shared_expert_gate and not self.num_shared_experts:
             raise ValueError("shared_expert_gate=True gates nothing: num_shared_experts=0 must be at least 1")
-        if self.backend == "fused" and (self.mlp_bias or self.activation != "swiglu"):
+        if self.backend in ("fused", "buffered") and (self.mlp_bias or self.activation != "swiglu"):
             raise ValueError(
-                f"backend='fused' computes plain SwiGLU only, not activation={self.activation!r}, "
+                f"backend={self.backend!r} computes plain SwiGLU only, not activation={self.activation!r}, "
                 f"mlp_bias={self.mlp_bias}: choose backend='grouped', 'padded' or 'loop'"
             )
         check_choice("drop_policy", self.drop_policy, get_args(DropPolicy))

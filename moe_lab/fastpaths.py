@@ -20,6 +20,13 @@ from dataclasses import dataclass, field
 import torch
 
 NAMES = (
+    "auto_backend",
+    "batched_no_grad_experts",
+    "buffered_dispatch_combine",
+    "cached_w13_hit",
+    "cached_w13_miss",
+    "cached_w2_t_hit",
+    "cached_w2_t_miss",
     "direct_equal_split_dispatch",
     "equal_a2a_padding_combine",
     "equal_a2a_padding_dispatch",

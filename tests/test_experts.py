@@ -6,7 +6,10 @@ import torch.nn.functional as F
 
 from moe_lab import GroupedExperts, MoEConfig
 from moe_lab.config import Backend
-from moe_lab.layer.experts import BACKENDS, SharedExperts, clamped_swiglu, swiglu
+from moe_lab.layer.activations import clamped_swiglu, swiglu
+from moe_lab.layer.backends import BACKENDS
+from moe_lab.layer.backends.weights import Weights
+from moe_lab.layer.experts import SharedExperts
 from reference import relative_error
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -19,7 +22,7 @@ COUNTS = {
     "one_expert": [5],
     "one_row": [0, 1],
 }
-ON_CPU = ["loop", "padded", "grouped"]
+ON_CPU = ["loop", "padded", "grouped", "buffered"]
 
 
 def build(counts, backend, dtype=torch.float32):
@@ -42,7 +45,7 @@ def with_gradients(function, x_RD, weights, probe_RD):
 
 
 def test_every_backend_of_the_config_is_here():
-    assert set(BACKENDS) == set(Backend.__args__)
+    assert {*BACKENDS, "auto"} == set(Backend.__args__)
 
 
 @pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS)
@@ -55,7 +58,7 @@ def test_output_and_gradients_equal_a_loop_over_rows(backend, dtype, counts):
     experts, x_RD, ends_E = build(counts, backend, dtype)
     weights = (experts.w1_EFD, experts.w2_EDF, experts.w3_EFD)
     probe_RD = torch.randn_like(x_RD)
-    got = with_gradients(lambda x, *w: BACKENDS[backend](x, *w, ends_E), x_RD, weights, probe_RD)
+    got = with_gradients(lambda x, *w: BACKENDS[backend](x, ends_E, Weights(*w)), x_RD, weights, probe_RD)
     low, exact = (
         with_gradients(
             lambda *args: loop_over_rows(*args, counts), x_RD.to(d), [w.to(d) for w in weights], probe_RD.to(d)

@@ -15,6 +15,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from moe_lab.kernels.scatter_add import deterministic_scatter_add
+from moe_lab.layer.auto import Choice
+from moe_lab.layer.backends import ROUTED
 from moe_lab.layer.dispatch import LocalTokenDispatcher
 from moe_lab.layer.experts import GroupedExperts
 from moe_lab.layer.router import Routing, count
@@ -50,8 +52,9 @@ def ours(inputs: Inputs, backend: str) -> Arm:
 
     def run(x_TD: Tensor, gates_TK: Tensor) -> Tensor:
         nothing = gates_TK.new_empty(0, num_experts)
-        if backend == "fused":  # which needs no counts
-            return experts.fused(x_TD, Routing(gates_TK, ids_TK, nothing, nothing, ids_TK.new_empty(num_experts)))
+        if backend in ROUTED:  # which need no counts
+            routing = Routing(gates_TK, ids_TK, nothing, nothing, ids_TK.new_empty(num_experts))
+            return experts.routed(x_TD, routing, Choice(backend))
         routing = Routing(gates_TK, ids_TK, nothing, nothing, count(ids_TK, num_experts))
         rows_RD, plan = dispatcher.dispatch(x_TD, routing)
         return dispatcher.combine(experts(rows_RD, plan.ends_E), routing, plan)
@@ -105,6 +108,7 @@ PEERS: dict[str, Callable[[Inputs], Arm]] = {
     "torchtitan": torchtitan,
     "grouped": lambda inputs: ours(inputs, "grouped"),
     "fused": lambda inputs: ours(inputs, "fused"),
+    "buffered": lambda inputs: ours(inputs, "buffered"),
     "loop": lambda inputs: ours(inputs, "loop"),  # waits for the device, so it comes last
 }
 

@@ -14,8 +14,8 @@ from torch import Tensor
 
 
 def _dense(rows: Tensor) -> Tensor:
-    # No rows count as contiguous whatever their strides, which grouped_mm refuses.
-    return rows.contiguous() if rows.numel() else rows.clone(memory_format=torch.contiguous_format)
+    # None or one row counts as contiguous whatever its strides, which grouped_mm refuses.
+    return rows.contiguous() if len(rows) > 1 else rows.clone(memory_format=torch.contiguous_format)
 
 
 def grouped_linear(x_RI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:

@@ -43,7 +43,7 @@ class LocalTokenDispatcher:
 
     @property
     def may_fuse(self) -> bool:
-        """Whether `backend="fused"` may move rows and weigh them by itself, as `dispatch` and `combine` would."""
+        """Whether `fused` and `buffered` may move rows and weigh them alone, as `dispatch` and `combine` would."""
         return self.combine_arm is COMBINE_ARMS["gather"] and not self.score_before_experts
 
     def dispatch(self, x_TD: Float[Tensor, "T D"], routing: Routing) -> tuple[Float[Tensor, "R D"], DispatchPlan]:

@@ -9,8 +9,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from moe_lab import fastpaths, phases
+from moe_lab import phases
 from moe_lab.config import MoEConfig
+from moe_lab.layer.auto import Choice
+from moe_lab.layer.backends import ROUTED
 from moe_lab.layer.balance import bias_delta
 from moe_lab.layer.capacity import drop_over_capacity
 from moe_lab.layer.dispatch import LocalTokenDispatcher
@@ -94,15 +96,20 @@ class MoE(nn.Module):
 
     def _computed(self, x_TD: Tensor, routing: Routing) -> Tensor:
         shared = None if self.shared_experts is None else partial(self._shared, x_TD)
-        if self.config.backend == "fused" and self.dispatcher.may_fuse:
-            fastpaths.note("fused_dispatch_combine", "backend='fused', weighted in float32 at the combine")
+        if self.dispatcher.may_fuse and self._routes(
+            choice := self.experts.choose(x_TD, routing.expert_ids_TK.numel())
+        ):
             with phases.phase("experts"):
-                out_TD = self.experts.fused(x_TD, routing)
+                out_TD = self.experts.routed(x_TD, routing, choice)
             return out_TD if shared is None else out_TD + shared()
         rows_RD, plan = self.dispatcher.dispatch(x_TD, routing)
         with phases.phase("experts"):
             rows_RD = self.experts(rows_RD, plan.ends_E)
         return self.dispatcher.combine(rows_RD, routing, plan, shared=shared, x_TD=x_TD)
+
+    def _routes(self, choice: Choice) -> bool:
+        """Whether the backend moves rows and weighs them by itself; `fused` has no way to drop any."""
+        return choice.backend in ROUTED and (choice.backend != "fused" or self.config.capacity_factor is None)
 
     def _shared(self, x_TD: Tensor) -> Tensor:
         assert self.shared_experts is not None

@@ -105,7 +105,7 @@ def shard_moe(
         }
         fully_shard(moe.experts, mesh=mesh["dp"], mp_policy=low, shard_placement_fn=placements.get)
         if ep == 1:
-            register_fsdp_forward_method(moe.experts, "fused")
+            register_fsdp_forward_method(moe.experts, "routed")
         fully_shard(moe.router, mesh=everyone, mp_policy=exact)
         if checkpointing:
             checkpoint(unit)

@@ -1,0 +1,31 @@
+"""The reference: three matrix products an expert, one expert after another."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int32
+from torch import Tensor
+
+from moe_lab import fastpaths
+from moe_lab.layer.backends.weights import Weights
+
+
+def loop_experts(x_RD: Float[Tensor, "R D"], ends_E: Int32[Tensor, " E"], weights: Weights) -> Float[Tensor, "R D"]:
+    """In any dtype. Needs the counts on the host."""
+    if ends_E.device.type != "cpu":
+        fastpaths.note("host_sync", "backend='loop' reads the experts' counts")
+    ends = ends_E.tolist()
+    starts = [0, *ends[:-1]]
+    none = [None] * len(ends)
+    w1_EFD, w2_EDF, w3_EFD, biases, activation, _ = weights
+    b1_EF, b2_ED, b3_EF = (none, none, none) if biases is None else biases
+    outs = [
+        F.linear(activation(F.linear(x, w1, b1), F.linear(x, w3, b3)), w2, b2)
+        for x, w1, w2, w3, b1, b2, b3, start, end in zip(
+            x_RD.tensor_split(ends[:-1]), w1_EFD, w2_EDF, w3_EFD, b1_EF, b2_ED, b3_EF, starts, ends, strict=True
+        )
+        if end > start
+    ]
+    # An empty layer still depends on its weights: their gradients are zeros, not None.
+    return torch.cat(outs) if outs else x_RD + 0 * sum(w.sum() for w in (w1_EFD, w2_EDF, w3_EFD, *(biases or ())))
