@@ -1,7 +1,12 @@
 """The padding panel without a browser: set a control, look at numbers, picture and messages."""
 
-import pytest
+import csv
+import io
 
+import pytest
+from PIL import Image
+
+from moe_lab.view.panels.latency import measure_plans, report
 from moe_lab.view.panels.padding import DIRICHLET, ZIPF, PaddingPanel, compute
 
 
@@ -51,3 +56,34 @@ def test_what_cannot_be_is_said_over_the_last_good_picture():
     assert panel.png() == before
     panel.tokens.value = 64
     assert panel.error == ""
+
+
+def test_csv_holds_every_rank_and_says_what_it_is_of(panel):
+    panel.policy.value = "equal_split"
+    rows = list(csv.DictReader(io.StringIO(panel.csv())))
+    found, worst = compute(panel.params())
+    by_name = {}
+    for row in rows:
+        assert row["of"] == panel.words
+        by_name.setdefault(row["quantity"], []).append(float(row["value"]))
+    assert by_name["exchange_zeros"] == list(found.exchange_zeros_R)
+    assert by_name["sent"] == list(found.sent_R)
+    assert len(by_name["dropped"]) == panel.ep.value
+    assert by_name["worst_overhead_of_even_splits"] == [pytest.approx(worst, rel=1e-5)]
+
+
+def test_buttons_offer_what_is_shown(panel):
+    numbers, picture = panel.buttons.children
+    numbers.click()
+    assert 'download="padding.csv"' in panel.shelf.value
+    picture.click()
+    assert 'download="padding.png"' in panel.shelf.value
+    with Image.open(io.BytesIO(panel.png())) as drawn:
+        assert drawn.format == "PNG"
+
+
+def test_the_latency_report_moves_every_slider():
+    panel = PaddingPanel()
+    times = measure_plans(panel)
+    assert {name: len(moves) for name, moves in times.items()} == {"EP": 9, "tokens": 11, "layer": 11}
+    assert [line.split()[0] for line in report(times).splitlines()] == ["slider", "EP", "tokens", "layer"]

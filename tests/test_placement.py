@@ -45,6 +45,20 @@ def test_replicas_take_turns_by_assignment():
     assert placement.slot_ids(ids_TK).tolist() == [[0, 1], [0, 2], [1, 3], [2, 3]]
 
 
+def test_replicas_of_busy_experts_even_out_the_ranks():
+    # Two ranks of three slots: spare ones to expert 0 (12, then 6 a replica) and, of 6 and 8, to expert 1 (4 each).
+    # Fullest first: 0 on both ranks; 1 on both, now 10 | 10; 2 (2 rows) on rank 0, 3 (1 row) where room is left.
+    placement = Placement.replicated([12, 8, 2, 1], 2)
+    assert [placement.experts_of(rank) for rank in range(2)] == [(0, 1, 2), (0, 1, 3)]
+
+
+def test_replicas_let_any_number_of_ranks_share_the_experts():
+    placement = Placement.replicated([1] * 36, 8)
+    assert (placement.num_slots, placement.slots_per_rank) == (40, 5)
+    assert Placement.replicated([1, 2], 1).experts_of(0) == (0, 1, 1)
+    assert all(len(set(placement.experts_of(rank))) == 5 for rank in range(8))
+
+
 @st.composite
 def placements(draw):
     num_experts, ep = draw(st.integers(1, 6)), draw(st.integers(1, 4))

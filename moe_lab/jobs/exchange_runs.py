@@ -16,6 +16,7 @@ from moe_lab.config import EqualSplit, MoEConfig, check_choice, check_int
 from moe_lab.layer.all_to_all import AllToAllTokenDispatcher
 from moe_lab.layer.exchange import Sent
 from moe_lab.layer.moe import MoE
+from moe_lab.layer.placement import Placement
 from moe_lab.layer.router import Routing, count
 from moe_lab.parallel.mesh import MeshExchange
 from moe_lab.parallel.ranks import RankPool
@@ -147,14 +148,15 @@ def same_bits(pool: RankPool, layer: int = 3) -> bool:
     return pool.run(outputs, layer) == expected
 
 
-def exchange_ids(ids_by_rank: Sequence[Any], num_experts: int, equal_split: EqualSplit, dim: int) -> dict[str, Any]:
+def exchange_ids(ids_by_rank: Sequence[Any], placement: Placement, equal_split: EqualSplit, dim: int) -> dict[str, Any]:
     """Rank function: these expert ids dispatched and combined, rows of `dim` float32, counted in the exchange."""
+    num_experts = placement.num_experts
     ids_TK = torch.as_tensor(ids_by_rank[dist.get_rank()])
     top_k = ids_TK.shape[1]
     config = MoEConfig(dim=dim, hidden_dim=1, num_experts=num_experts, top_k=top_k, equal_split=equal_split)
     assert dist.group.WORLD is not None
     exchange = MeshExchange(dist.group.WORLD, collectives="c10d")
-    dispatcher = AllToAllTokenDispatcher(config, exchange)
+    dispatcher = AllToAllTokenDispatcher(config, exchange, placement=placement)
     scores_TE = torch.zeros(len(ids_TK), num_experts)
     gates_TK = torch.full(ids_TK.shape, 1 / top_k)
     routing = Routing(gates_TK, ids_TK, scores_TE, scores_TE, count(ids_TK, num_experts))

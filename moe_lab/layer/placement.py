@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -49,6 +50,28 @@ class Placement:
                 f"{num_experts % ep}): choose ep from {', '.join(map(str, divisors))}, or a placement with replicas"
             )
         return cls(num_experts, ep, tuple(range(num_experts)))
+
+    @classmethod
+    def replicated(cls, counts_E: Sequence[int], ep: int) -> Placement:
+        """E // EP + 1 slots a rank, the spare ones for replicas of busy experts: any number of ranks will do.
+
+        Each spare slot goes to the expert with most rows a replica. Then replicas are placed, fullest first, on the
+        emptiest rank with room (Graham 1969, "Bounds on Multiprocessing Timing Anomalies"), twice on one rank only if
+        no other has room. `counts_E`: rows of each expert, of which its replicas take equal parts.
+        """
+        room, experts = len(counts_E) // ep + 1, range(len(counts_E))
+        replicas = [1] * len(counts_E)
+        for _ in range(ep * room - len(counts_E)):
+            replicas[max(experts, key=lambda expert: counts_E[expert] / replicas[expert])] += 1
+        ranks: list[list[int]] = [[] for _ in range(ep)]
+        load_R = [0.0] * ep
+        for expert in sorted(experts, key=lambda expert: -counts_E[expert] / replicas[expert]):
+            for _ in range(replicas[expert]):
+                free = [rank for rank in range(ep) if len(ranks[rank]) < room]
+                rank = min(free, key=lambda rank: (expert in ranks[rank], load_R[rank]))
+                ranks[rank].append(expert)
+                load_R[rank] += counts_E[expert] / replicas[expert]
+        return cls(len(counts_E), ep, tuple(expert for local in ranks for expert in sorted(local)))
 
     @property
     def num_slots(self) -> int:

@@ -19,7 +19,7 @@ from moe_lab.study.timeline import RankSteps, by_exchange
 from moe_lab.view import theme
 from moe_lab.view.pictures import heading, inset
 from moe_lab.view.text import Text, table
-from moe_lab.view.theme import CHANCE, INK, MUTED, PAPER, SERIES, WIDTH
+from moe_lab.view.theme import INK, MUTED, PAPER, SERIES, WIDTH
 
 EXCHANGE_COLOUR = "#0072b2"
 PHASE_COLOURS = {
@@ -217,13 +217,3 @@ class OverlapTable(Text):
             change = f"{one.change.median:+.2f} [{one.change.low:+.2f}, {one.change.high:+.2f}]"
             rows.append((one.exchange, f"{one.off.median:.2f}", f"{one.on.median:.2f}", change))
         return table(rows)
-
-
-def received(axes: Axes, rows_R: Sequence[int], zeros_R: Sequence[int]) -> None:
-    """Rows that each rank receives, zeros of padding on top, the mean as a line."""
-    ranks = range(len(rows_R))
-    axes.bar(ranks, rows_R, 0.76, color=EXCHANGE_COLOUR, label="rows")
-    axes.bar(ranks, zeros_R, 0.76, bottom=rows_R, color=CHANCE, hatch="////", ec=MUTED, lw=0, label="padding")
-    axes.axhline(sum(rows_R) / len(rows_R), color=INK, lw=0.8)
-    axes.set_xlabel("rank", labelpad=2)
-    axes.legend(loc="lower right", ncols=2, fontsize=6.5, bbox_to_anchor=(1, 1.08), borderaxespad=0)

@@ -148,6 +148,13 @@ def expert_axis(axes: Axes) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(9, integer=True, steps=[1, 2, 4, 8, 10]))
 
 
+def rank_axis(axes: Axes, ep: int) -> None:
+    """The x axis of ranks; at most eight are named."""
+    axes.set_xlabel("rank", labelpad=2)
+    axes.set_xlim(-0.6, ep - 0.4)
+    axes.set_xticks(range(0, ep, -(-ep // 8)))
+
+
 def layer_axis(axes: Axes, layers: Sequence[int]) -> None:
     """The y axis of layers, the first at the bottom; at most a dozen are named."""
     named = range(0, len(layers), -(-len(layers) // 12))
@@ -202,6 +209,11 @@ def _bars(ratio_E: Ratios) -> np.ndarray:
     left, right = np.arange(len(ratio_E)) - 0.38, np.arange(len(ratio_E)) + 0.38
     zero = np.zeros_like(ratio_E)
     return np.stack([np.stack([left, left, right, right], 1), np.stack([zero, ratio_E, ratio_E, zero], 1)], axis=2)
+
+
+def box(place: int, low: float, high: float) -> list[tuple[float, float]]:
+    """The corners of one bar of a `PolyCollection`."""
+    return [(place - 0.4, low), (place + 0.4, low), (place + 0.4, high), (place - 0.4, high)]
 
 
 def _outline(ratio_E: Ratios) -> tuple[np.ndarray, np.ndarray]:

@@ -113,6 +113,19 @@ def encode(canvas: FigureCanvasAgg, *, compress_level: int = 1) -> bytes:
     return out.getvalue()
 
 
+def side_by_side(pngs: Sequence[bytes]) -> bytes:
+    """PNG pictures as one, from left to right."""
+    parts = [Image.open(io.BytesIO(png)).convert("RGB") for png in pngs]
+    page = Image.new("RGB", (sum(part.width for part in parts), max(part.height for part in parts)), PAPER)
+    left = 0
+    for part in parts:
+        page.paste(part, (left, 0))
+        left += part.width
+    out = io.BytesIO()
+    page.save(out, "PNG", optimize=True)
+    return out.getvalue()
+
+
 def title(drawn: Figure) -> str:
     """The first title on a figure, for alternative text."""
     titles = [text.get_text() for text in drawn.texts] + [axes.get_title(loc="left") for axes in drawn.axes]

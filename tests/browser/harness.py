@@ -141,6 +141,26 @@ def run_all(page: Page) -> float:
     return time.monotonic() - started
 
 
+def run_cell(page: Page, text: str) -> None:
+    """Run the first code cell that holds `text`, until it is done."""
+    cell = page.locator(".jp-CodeCell").filter(has=page.locator(".jp-InputArea", has_text=text)).first
+    prompt = cell.locator(".jp-InputPrompt").first
+    prompt.evaluate("node => { node.textContent = ''; }")
+    cell.locator(".cm-content").click()
+    page.keyboard.press("Control+Enter")
+    cell.locator(".jp-InputPrompt", has_text=re.compile(r"^\[\d+\]:?$")).first.wait_for()
+
+
+def press(page: Page, name: str) -> None:
+    """Press the button of a panel."""
+    page.locator(".jp-OutputArea").get_by_role("button", name=name, exact=True).click()
+
+
+def wait_for_text(page: Page, text: str) -> None:
+    """Until some widget says it."""
+    page.locator(".widget-html-content", has_text=text).first.wait_for()
+
+
 def errors(page: Page) -> list[str]:
     """Texts that a reader must never meet: tracebacks, and widgets that could not be drawn."""
     shown = page.locator(".jp-Notebook").inner_text()

@@ -102,3 +102,46 @@ def test_a_panel_answers_its_sliders(page, lab, name):
     assert len(after.pictures) == len(before.pictures)
     assert after.text != before.text
     print(f"{name}: Run All took {seconds:.1f} s")
+
+
+@pytest.fixture
+def plans(page, lab, request):
+    """The page of a notebook whose panel was run, and nothing else of it."""
+    name, cell = request.param
+    harness.open_notebook(page, lab, name)
+    harness.run_cell(page, cell)
+    assert harness.errors(page) == []
+    yield page
+    harness.screenshot(page, f"{name}-panel")
+
+
+EXCHANGE = ("04_expert_parallel.ipynb", "panels.ExchangePanel(")
+PADDING = ("05_padding.ipynb", "PaddingPanel(")
+
+
+@pytest.mark.parametrize("plans", [EXCHANGE], indirect=True)
+def test_the_exchange_panel_answers_and_runs_real_ranks(plans):
+    before, after = harness.move_slider(plans, "EP", "ArrowLeft")
+    assert "4 ranks" in before.text
+    assert "2 ranks" in after.text
+    assert [a != b for a, b in zip(before.pictures, after.pictures)] == [True, True]
+    harness.press(plans, "run on real ranks")
+    harness.wait_for_text(plans, "2 gloo ranks: rows as planned")
+    harness.press(plans, "CSV")
+    harness.wait_for_text(plans, "exchange.csv")
+    assert plans.locator("a[download='exchange.csv']").get_attribute("href").startswith("data:text/csv;base64,")
+
+
+@pytest.mark.parametrize("plans", [PADDING], indirect=True)
+def test_the_padding_panel_answers_and_ends_where_a_fast_hand_left_it(plans):
+    before, after = harness.move_slider(plans, "tokens per rank")
+    assert "256 tokens a rank" in before.text
+    assert "512 tokens a rank" in after.text
+    harness.slider(plans, "EP").focus()
+    for key in ["ArrowRight", "ArrowLeft"] * 5 + ["ArrowLeft"]:  # 8, 16, 8, ... and 4, without waiting between
+        plans.keyboard.press(key)
+    harness.wait_for_text(plans, "EP 4, 512 tokens a rank")
+    plans.wait_for_timeout(500)
+    assert "EP 4, 512 tokens a rank" in harness.panel(plans).text
+    harness.press(plans, "PNG")
+    harness.wait_for_text(plans, "padding.png")

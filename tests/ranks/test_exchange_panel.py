@@ -1,11 +1,15 @@
+import io
 import threading
 import time
 
 import psutil
 import pytest
 import rank_jobs
+from PIL import Image
 
-from moe_lab.view.panels.exchange import RUNS, SORTED, ExchangePanel
+from moe_lab.jobs.exchange_runs import exchange_ids
+from moe_lab.view.panels.exchange import RUNS, ExchangePanel
+from moe_lab.view.panels.exchange_compute import BLOCKWISE, REPLICAS, SORTED
 
 
 @pytest.fixture(scope="module")
@@ -29,6 +33,11 @@ def test_sliders_change_plan_pictures_and_numbers(panel):
     assert f"{4 * size - 2048:,} zeros" in panel.text()
     panel.equal_split.value = "off"
     assert panel.csv().splitlines()[0] == "to 0,to 1"
+    assert [button.description for button in panel.buttons.children[:2]] == ["CSV", "PNG"]
+    panel.buttons.children[0].click()
+    assert 'download="exchange.csv"' in panel.shelf.value
+    with Image.open(io.BytesIO(panel.png())) as page, Image.open(io.BytesIO(panel.heat_image.value)) as part:
+        assert page.size == (2 * part.width, part.height)
 
 
 def test_packing_by_domain_is_a_control_with_more_skew(panel):
@@ -38,6 +47,18 @@ def test_packing_by_domain_is_a_control_with_more_skew(panel):
     assert not shuffled.equal(panel.shown.counts.splits_RR)
     assert "(control)" in panel.text()
     panel.packing.value = panel.packing.options[0]
+
+
+def test_replicas_of_busy_experts_even_out_the_ranks(panel):
+    panel.ep.value, panel.tokens.value, panel.layer.value = 8, 256, 3
+    alone = panel.shown.counts
+    panel.placing.value = REPLICAS
+    assert "replicas of busy ones" in panel.text()
+    twice = panel.shown.counts
+    assert twice.counts_RP.shape[1] == alone.counts_RP.shape[1] + 8
+    assert twice.splits_RR.sum() == alone.splits_RR.sum()
+    assert twice.splits_RR.sum(dim=0).max() < alone.splits_RR.sum(dim=0).max()
+    panel.placing.value = BLOCKWISE
 
 
 def test_too_few_tokens_are_said_in_the_panel(panel):
@@ -56,6 +77,7 @@ def test_more_ranks_than_this_machine_should_hold_are_refused(panel):
 @pytest.mark.slow
 def test_real_ranks_count_what_the_plan_says(panel):
     panel.ep.value, panel.tokens.value, panel.equal_split.value = 2, 64, "force"
+    panel.placing.value = REPLICAS
     panel.run()
     panel.wait()
     assert "2 gloo ranks: rows as planned" in panel.ran.value
@@ -80,7 +102,7 @@ def test_cancel_ends_a_hung_exchange_and_the_next_run_works():
     _, alive = psutil.wait_procs([psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)], timeout=20)
     assert alive == []
     assert panel.run_button.disabled is False
-    panel._function = __import__("moe_lab.jobs.exchange_runs", fromlist=["exchange_ids"]).exchange_ids
+    panel._function = exchange_ids
     panel.run()
     panel.wait()
     assert "rows as planned" in panel.ran.value

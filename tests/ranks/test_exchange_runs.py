@@ -51,8 +51,9 @@ def test_the_shipped_layer_gives_the_same_bits_on_real_and_virtual_ranks(pool):
 
 def test_bytes_of_a_micro_batch_are_those_of_its_plan(pool):
     ids = [torch.randint(0, 8, (tokens, 2)) for tokens in (5, 9)]
-    splits_RR = count_matrix(ids, Placement.blockwise(8, 2)).splits_RR
-    for rank, run in enumerate(pool.run(exchange_ids, ids, 8, "off", 16)):
+    placement = Placement.blockwise(8, 2)
+    splits_RR = count_matrix(ids, placement).splits_RR
+    for rank, run in enumerate(pool.run(exchange_ids, ids, placement, "off", 16)):
         assert run["same"] is True
         assert run["sent"] == [(splits_RR[rank].tolist(), 64), (splits_RR[:, rank].tolist(), 64)]
 

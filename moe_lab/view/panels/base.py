@@ -120,6 +120,11 @@ class Panel:
         link = f"data:{kind};base64,{base64.b64encode(content).decode()}"
         self.shelf.value = f'<a download="{escape(name)}" href="{link}">{escape(name)}</a> ({len(content):,} bytes)'
 
+    def offer_files(self, name: str) -> None:
+        """Two buttons that put the numbers and the pictures shown on the shelf."""
+        self.button("CSV", "the numbers shown", lambda: self.offer(f"{name}.csv", "text/csv", self.csv().encode()))
+        self.button("PNG", "the pictures shown", lambda: self.offer(f"{name}.png", "image/png", self.png()))
+
     def _update(self) -> None:
         raise NotImplementedError
 

@@ -10,7 +10,6 @@ from html import escape
 
 import ipywidgets as widgets
 import numpy as np
-from PIL import Image
 
 from moe_lab.study.counts import CountsTrace
 from moe_lab.study.history import count_imbalance, trajectories
@@ -71,8 +70,7 @@ class CountsPanel(Panel):
         self._load_picture = LoadPicture(counts.num_experts, min(plots.ceiling_for(highest), 8))
         self._heat_picture = HeatPicture(counts.layers, counts.num_experts)
         self._over: OverSteps | None = None
-        self.button("CSV", "the numbers shown", lambda: self.offer("counts.csv", "text/csv", self.csv().encode()))
-        self.button("PNG", "the pictures shown", lambda: self.offer("counts.png", "image/png", self.png()))
+        self.offer_files("counts")
         self.watch(controls, self.refresh)
         self.refresh()
 
@@ -130,15 +128,5 @@ class CountsPanel(Panel):
         return out.getvalue()
 
     def png(self) -> bytes:
-        drawn = [
-            Image.open(io.BytesIO(bytes(image.value))).convert("RGB")
-            for image in (self.load_image, self.heat_image, self.over_image)
-        ]
-        page = Image.new("RGB", (sum(part.width for part in drawn), max(part.height for part in drawn)), theme.PAPER)
-        left = 0
-        for part in drawn:
-            page.paste(part, (left, 0))
-            left += part.width
-        out = io.BytesIO()
-        page.save(out, "PNG", optimize=True)
-        return out.getvalue()
+        images = (self.load_image, self.heat_image, self.over_image)
+        return theme.side_by_side([bytes(image.value) for image in images])

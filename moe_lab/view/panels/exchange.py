@@ -4,62 +4,33 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import lru_cache
 from html import escape
-from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any
 
 import ipywidgets as widgets
 
 from moe_lab import data
 from moe_lab.config import EqualSplit
 from moe_lab.jobs.exchange_runs import exchange_ids
-from moe_lab.layer.placement import Placement
-from moe_lab.layer.splits import CountMatrix, EqualSplits, UnequalSplits, choose_splits
 from moe_lab.parallel.ranks import RankError, RankPool
-from moe_lab.study.batches import count_matrix, micro_batches
 from moe_lab.study.load import ALL_DOMAINS
-from moe_lab.study.trace import RoutingTrace
 from moe_lab.view import theme
-from moe_lab.view.exchanging import MatrixText, heat, received
+from moe_lab.view.exchanging import MatrixText
 from moe_lab.view.panels.base import Panel, control
-from moe_lab.view.pictures import heading, inset
+from moe_lab.view.panels.exchange_compute import (
+    BLOCKWISE,
+    REPLICAS,
+    SHUFFLED,
+    SORTED,
+    MatrixPicture,
+    Params,
+    ReceivedPicture,
+    View,
+    compute,
+)
 
-SHUFFLED, SORTED = "shuffled documents", "one after another (control)"
 PLANS: tuple[EqualSplit, ...] = ("off", "adaptive", "force")
 MOST_RANKS, RUNS, DIM = 8, 10, 256
-
-
-@dataclass(frozen=True, kw_only=True)
-class Params:
-    """Everything that the panel shows follows from this. Traces are compared by identity."""
-
-    trace: RoutingTrace
-    ep: int
-    layer: int
-    domain: str
-    tokens: int
-    equal_split: EqualSplit
-    packing: str
-
-
-class View(NamedTuple):
-    """One micro-batch: each rank's expert ids, who sends how much to whom, and how."""
-
-    ids: list[Any]
-    counts: CountMatrix
-    splits: UnequalSplits | EqualSplits
-
-
-@lru_cache(maxsize=64)
-def compute(params: Params) -> View:
-    """The first micro-batch and its plan. `ValueError` when the domain has too few tokens for the ranks."""
-    trace = params.trace if params.domain == ALL_DOMAINS else params.trace.domain(params.domain)
-    batches = micro_batches(trace, params.layer, params.ep, params.tokens, shuffle=params.packing == SHUFFLED)
-    (ids,) = islice(batches, 1)
-    counts = count_matrix(ids, Placement.blockwise(trace.num_experts, params.ep))
-    return View(ids, counts, choose_splits(counts.splits_RR, params.equal_split))
 
 
 class ExchangePanel(Panel):
@@ -80,10 +51,14 @@ class ExchangePanel(Panel):
         self.tokens = control(widgets.SelectionSlider, "tokens a rank", "220px", options=sizes, value=256)
         self.equal_split = control(widgets.Dropdown, "equal splits", "165px", options=PLANS)
         self.packing = control(widgets.Dropdown, "packing", "270px", options=[SHUFFLED, SORTED])
+        self.placing = control(widgets.Dropdown, "placement", "235px", options=[BLOCKWISE, REPLICAS])
         self.heat_image, self.bar_image = (widgets.Image(format="png") for _ in range(2))
+        self._pictures_by_ep: dict[int, tuple[MatrixPicture, ReceivedPicture]] = {}
         self.ran = widgets.HTML()
-        controls = [self.ep, self.layer, self.domain, self.tokens, self.equal_split, self.packing]
-        super().__init__([controls], [self.heat_image, self.bar_image])
+        where = [self.ep, self.layer, self.domain, self.tokens]
+        how = [self.equal_split, self.packing, self.placing]
+        super().__init__([where, how], [self.heat_image, self.bar_image])
+        self.offer_files("exchange")
         self.progress = widgets.IntProgress(min=0, max=RUNS, layout={"width": "160px"})
         self.run_button = self.button("run on real ranks", "the same rows over gloo, counted on the way", self.run)
         self.cancel_button = self.button("cancel", "kill the ranks, even in a hung exchange", self.cancel)
@@ -92,7 +67,7 @@ class ExchangePanel(Panel):
         self.pool: RankPool | None = None
         self._worker: threading.Thread | None = None
         self._stop = threading.Event()
-        self.watch(controls, self.refresh)
+        self.watch([*where, *how], self.refresh)
         self.refresh()
 
     def params(self) -> Params:
@@ -105,39 +80,31 @@ class ExchangePanel(Panel):
             tokens=self.tokens.value,
             equal_split=self.equal_split.value,
             packing=self.packing.value,
+            placing=self.placing.value,
         )
 
     def _update(self) -> None:
-        self.shown = compute(self.params())
-        self.heat_image.value, self.bar_image.value = (theme.png(drawn) for drawn in self._figures())
+        params = self.params()
+        self.shown = compute(params)
+        if params.ep not in self._pictures_by_ep:
+            self._pictures_by_ep[params.ep] = MatrixPicture(params.ep), ReceivedPicture(params.ep)
+        matrix, bars = self._pictures_by_ep[params.ep]
+        self.heat_image.value = matrix.update(self.shown.counts, f"layer {params.layer} · {params.domain}").png()
+        self.bar_image.value = bars.update(self._received(), self.shown.zeros_R).png()
         self.numbers.value = f"{escape(self._line())}<br>{escape(self.shown.splits.reason)}"
         if self._worker is None:
             self.ran.value = ""
 
+    def _received(self) -> list[int]:
+        return self.shown.counts.splits_RR.sum(dim=0).tolist()
+
     def _line(self) -> str:
-        params, rows_R = self.params(), self.shown.counts.splits_RR.sum(dim=0)
-        zeros = sum(self.shown.splits.padded_rows(rank) for rank in range(params.ep))
+        params, rows_R, zeros = self.params(), self._received(), sum(self.shown.zeros_R)
         of = f"{self._source} · {params.ep} ranks x {params.tokens:,} tokens · layer {params.layer} · {params.domain}"
         return (
-            f"{of} · {params.packing} · straggler {float(rows_R.max() / rows_R.double().mean()):.2f} · "
-            f"{int(rows_R.sum()):,} rows sent, {zeros:,} zeros"
+            f"{of} · {params.packing} · {params.placing} · straggler {max(rows_R) * params.ep / sum(rows_R):.2f} · "
+            f"{sum(rows_R):,} rows sent, {zeros:,} zeros"
         )
-
-    def _figures(self) -> list[Any]:
-        params, (_, counts, splits) = self.params(), self.shown
-        with theme.style():
-            left, right = (theme.figure(*theme.PICTURE) for _ in range(2))
-            axes = inset(left, left=34, right=10, bottom=34, top=40)
-            heading(axes, "Rows from rank to rank / mean", f"layer {params.layer} · {params.domain}")
-            heat(axes, counts.splits_RR.numpy())
-            axes.set(xlabel="to rank", ylabel="from rank")
-            axes = inset(right, left=44, right=10, bottom=34, top=40)
-            heading(axes, "Rows received", "line: the mean")
-            rows_R = counts.splits_RR.sum(dim=0).tolist()
-            even = isinstance(splits, EqualSplits)
-            zeros_R = [splits.size * counts.ep - n if isinstance(splits, EqualSplits) else 0 for n in rows_R]
-            received(axes, rows_R, zeros_R if even else [0] * len(rows_R))
-        return [left, right]
 
     # real ranks
 
@@ -191,7 +158,7 @@ class ExchangePanel(Panel):
         for turn in range(RUNS):
             if self._stop.is_set():
                 return "cancelled"
-            ranks = self.pool.run(self._function, ids, self.trace.num_experts, params.equal_split, DIM)
+            ranks = self.pool.run(self._function, ids, view.placement, params.equal_split, DIM)
             ms.append(1e3 * max(rank["seconds"] for rank in ranks))
             self.progress.value = turn + 1
         counted = [rank["sent"][0][0] for rank in ranks]
@@ -207,8 +174,7 @@ class ExchangePanel(Panel):
         """The line of numbers and the matrix; above 8 ranks only what each receives."""
         if self.ep.value <= 8:
             return f"{self._line()}\n{MatrixText(self.shown.counts, self.shown.splits).text()}"
-        rows_R = self.shown.counts.splits_RR.sum(dim=0).tolist()
-        return f"{self._line()}\nreceived {' '.join(map(str, rows_R))}\n{self.shown.splits.reason}"
+        return f"{self._line()}\nreceived {' '.join(map(str, self._received()))}\n{self.shown.splits.reason}"
 
     def csv(self) -> str:
         """Rows from rank to rank."""
@@ -216,5 +182,5 @@ class ExchangePanel(Panel):
         return "\n".join([",".join(f"to {rank}" for rank in range(self.ep.value)), *lines]) + "\n"
 
     def png(self) -> bytes:
-        """The matrix."""
-        return bytes(self.heat_image.value)
+        """Both pictures."""
+        return theme.side_by_side([bytes(self.heat_image.value), bytes(self.bar_image.value)])

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import csv
+import io
 from functools import lru_cache
+from html import escape
 from typing import NamedTuple
 
 import ipywidgets as widgets
@@ -17,7 +20,7 @@ from moe_lab.study.padding import POLICIES, Overhead, Policy, overhead, worst_ov
 from moe_lab.study.popularity import dirichlet, draw_ids, zipf
 from moe_lab.view import theme
 from moe_lab.view.panels.base import Panel, control
-from moe_lab.view.pictures import heading, inset
+from moe_lab.view.pictures import box, heading, inset, rank_axis
 from moe_lab.view.text import table
 from moe_lab.view.theme import MUTED, SERIES, WIDTH, WITHIN
 
@@ -74,8 +77,8 @@ class RowsPicture(theme.Live):
             for left, (name, title) in zip((44, 496), titles.items(), strict=True):
                 axes = inset(drawn, left=left, right=WIDTH - left - 396, bottom=36, top=44)
                 heading(axes, title, f"in units of the mean of real rows, cut at {CEILING}")
-                axes.set(xlim=(-0.6, ep - 0.4), ylim=(0, CEILING))
-                axes.set_xlabel("rank", labelpad=2)
+                axes.set_ylim(0, CEILING)
+                rank_axis(axes, ep)
                 axes.set_ylabel("rows / mean", labelpad=2)
                 axes.axhline(1, color=MUTED, lw=0.8)
                 bars = tuple(PolyCollection([], facecolors=colour, linewidths=0) for colour in (SERIES[0], WITHIN))
@@ -94,14 +97,10 @@ class RowsPicture(theme.Live):
             if name == "sent":  # to dispatch and to combine
                 real_R = [sent + rows for sent, rows in zip(found.sent_R, found.rows_R, strict=True)]
             mean = sum(real_R) / len(real_R)
-            real.set_verts([_box(r, 0, rows / mean) for r, rows in enumerate(real_R)])
+            real.set_verts([box(r, 0, rows / mean) for r, rows in enumerate(real_R)])
             ends = zip(real_R, zeros_R, strict=True)
-            zeros.set_verts([_box(r, rows / mean, (rows + more) / mean) for r, (rows, more) in enumerate(ends) if more])
+            zeros.set_verts([box(r, rows / mean, (rows + more) / mean) for r, (rows, more) in enumerate(ends) if more])
         return self
-
-
-def _box(place: int, low: float, high: float) -> list[tuple[float, float]]:
-    return [(place - 0.4, low), (place + 0.4, low), (place + 0.4, high), (place - 0.4, high)]
 
 
 class PaddingPanel(Panel):
@@ -124,6 +123,7 @@ class PaddingPanel(Panel):
         second = [self.policy, self.threshold, self.multiple]
         super().__init__([first, second], [])
         self._pictures.children = (widgets.Box([self.image], layout={"flex": "1 1 auto", "max_width": f"{WIDTH}px"}),)
+        self.offer_files("padding")
         self._pictures_by_ep: dict[int, RowsPicture] = {}
         self.watch([*first, *second], self.refresh)
         self.refresh()
@@ -150,7 +150,7 @@ class PaddingPanel(Panel):
             self._pictures_by_ep[params.ep] = RowsPicture(params.ep)
         picture = self._pictures_by_ep[params.ep]
         self.image.value = picture.update(self.shown[1]).png()
-        self.numbers.value = "<br>".join(self.text().splitlines()[:1]) + f"<pre>{table(self._rows())}</pre>"
+        self.numbers.value = escape(self.words) + f"<pre>{table(self._rows())}</pre>"
 
     def _rows(self) -> list[tuple[str, str, str]]:
         _, found, worst = self.shown
@@ -166,12 +166,30 @@ class PaddingPanel(Panel):
             ("even splits would cost, %", "", f"{100 * worst:.1f}"),
         ]
 
-    def text(self) -> str:
+    @property
+    def words(self) -> str:
+        """What all numbers are of."""
         params, *_ = self.shown
         what = f"skew {params.skew:g}" if params.source not in TRACES else f"layer {params.layer}"
         extra = {"adaptive": f" {params.threshold:.2f}", "multiple": f" {params.multiple}"}.get(params.policy, "")
         where = f"EP {params.ep}, {params.tokens_per_rank:,} tokens a rank"
-        return f"{params.source}, {what}, {where}, {params.policy}{extra}\n{table(self._rows())}"
+        return f"{params.source}, {what}, {where}, {params.policy}{extra}"
+
+    def text(self) -> str:
+        return f"{self.words}\n{table(self._rows())}"
+
+    def csv(self) -> str:
+        _, found, worst = self.shown
+        out = io.StringIO()
+        writer = csv.writer(out, lineterminator="\n")
+        writer.writerow(["quantity", "rank", "value", "of"])
+        for name in ("sent_R", "rows_R", "exchange_zeros_R", "expert_zeros_R", "dropped_R"):
+            for rank, rows in enumerate(getattr(found, name)):
+                writer.writerow([name.removesuffix("_R"), rank, rows, self.words])
+        for name in ("exchange_overhead", "expert_overhead", "straggler_factor"):
+            writer.writerow([name, "", f"{getattr(found, name):.6g}", self.words])
+        writer.writerow(["worst_overhead_of_even_splits", "", f"{worst:.6g}", self.words])
+        return out.getvalue()
 
     def png(self) -> bytes:
         return bytes(self.image.value)
