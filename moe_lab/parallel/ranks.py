@@ -10,30 +10,21 @@ tensors. The same functions run under torchrun and srun with `python -m moe_lab.
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import io
-import multiprocessing
-import os
 import pickle
-import signal
 import threading
 import time
-import traceback
 import weakref
 from collections.abc import Callable
-from datetime import timedelta
-from functools import partial
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from moe_lab.config import check_choice, check_int
+from moe_lab.parallel.rank_process import Ranks
 
 GRACE = 0.3  # seconds in which other ranks may still report, once one has failed
 START_TIMEOUT = 120.0
-PR_SET_PDEATHSIG, M_TRIM_THRESHOLD, M_MMAP_MAX = 1, -1, -4  # of sys/prctl.h and malloc.h
 DIED = "process died"
 
 
@@ -50,110 +41,6 @@ def choose_backend(backend: str, num_ranks: int) -> str:
     return ("nccl" if gpus >= num_ranks else "gloo") if backend == "auto" else backend
 
 
-def _end_with(life: Connection) -> None:
-    """Runs in a thread of a rank: nothing is ever sent, the pipe closes when the owner is gone."""
-    with contextlib.suppress(EOFError, OSError):
-        life.recv_bytes()
-    os._exit(1)
-
-
-def _rank_main(
-    pipe: Connection, life: Connection, rank: int, size: int, backend: str, store: str, timeout: float, threads: int
-) -> None:
-    libc = ctypes.CDLL(None)
-    libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    # Keep freed memory: fresh pages for every exchanged buffer cost more than copying the rows.
-    libc.mallopt(M_MMAP_MAX, 0)
-    libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt is for the owner, who then kills
-    threading.Thread(target=_end_with, args=(life,), daemon=True).start()
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), LOCAL_WORLD_SIZE=str(size))
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    torch.set_num_threads(threads)
-
-    def join() -> None:
-        if backend == "nccl":
-            torch.cuda.set_device(rank)
-        dist.init_process_group(
-            backend, init_method=f"file://{store}", rank=rank, world_size=size, timeout=timedelta(seconds=timeout)
-        )
-
-    if _answer(pipe, join):
-        while True:
-            try:
-                message = pipe.recv_bytes()
-            except (EOFError, OSError):
-                return
-            _answer(pipe, partial(_call, message))
-
-
-def _call(message: bytes) -> Any:
-    function, args, kwargs = pickle.loads(message)
-    return function(*args, **kwargs)
-
-
-def _answer(pipe: Connection, work: Callable[[], Any]) -> bool:
-    """Send (ok, pickled result or traceback, what was printed)."""
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
-        try:
-            ok, value = True, pickle.dumps(work())
-        except BaseException:
-            ok, value = False, traceback.format_exc().encode()
-    pipe.send((ok, value, printed.getvalue()))
-    return ok
-
-
-class _Ranks:
-    """The processes of one start."""
-
-    def __init__(self, size: int, backend: str, timeout: float, threads: int) -> None:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch", "torch.distributed", __name__])
-        # Rendezvous through a file without a name: fresh for each start, and gone with this process.
-        self.store = os.memfd_create("moe_lab_rendezvous")
-        path = f"/proc/{os.getpid()}/fd/{self.store}"
-        self.pipes: list[Connection] = []
-        self.lives: list[Connection] = []
-        self.processes: list[Any] = []
-        for rank in range(size):
-            ours, theirs = context.Pipe()
-            life, held = context.Pipe(duplex=False)
-            process = context.Process(
-                target=_rank_main,
-                args=(theirs, life, rank, size, backend, path, timeout, threads),
-                name=f"moe_lab rank {rank}",
-                daemon=True,
-            )
-            process.start()
-            theirs.close()
-            life.close()
-            self.pipes.append(ours)
-            self.lives.append(held)
-            self.processes.append(process)
-
-    def idle(self) -> bool:
-        """Whether every rank waits for work. A dead one's pipe is at its end before its exit is known."""
-        return all(process.is_alive() for process in self.processes) and not any(pipe.poll() for pipe in self.pipes)
-
-    def kill(self) -> None:
-        """End every rank, now. Safe to call twice, and from another thread."""
-        for process in self.processes:
-            with contextlib.suppress(ValueError):
-                process.kill()
-        for process in self.processes:
-            process.join(5)
-
-    def release(self) -> None:
-        """Kill, then give back pipes and the rendezvous."""
-        self.kill()
-        for connection in (*self.pipes, *self.lives):
-            connection.close()
-        if self.store >= 0:
-            os.close(self.store)
-            self.store = -1
-
-
 class RankPool:
     """`size` ranks on this machine, started at first use, kept warm between calls, started again after a failure.
 
@@ -168,7 +55,7 @@ class RankPool:
         self.size, self.timeout, self.threads = size, timeout, threads
         self.backend = choose_backend(backend, size)
         self._lock = threading.RLock()
-        self._ranks: _Ranks | None = None
+        self._ranks: Ranks | None = None
         self._cancelled = False
 
     def __enter__(self) -> RankPool:
@@ -188,7 +75,7 @@ class RankPool:
             if self._ranks is not None and self._ranks.idle():
                 return
             self.close()
-            self._ranks = _Ranks(self.size, self.backend, self.timeout, self.threads)
+            self._ranks = Ranks(self.size, self.backend, self.timeout, self.threads)
             weakref.finalize(self, self._ranks.release)
             self._collect(START_TIMEOUT)
 
