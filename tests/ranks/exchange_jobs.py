@@ -55,6 +55,24 @@ def traffic_both_ways(seed):
     return [list(one.rows_R) for one in sent], plan.send_splits, plan.receive_splits
 
 
+def by_policy(policies, tokens):
+    """For each policy's settings, on the same weights and tokens: this rank's ids, what its exchange counted forward
+    and backward, and the rows that came to its experts."""
+    results = []
+    for changes, options in policies:
+        torch.manual_seed(0)
+        moe = wire(MoE(MoEConfig(dim=8, hidden_dim=8, num_experts=8, top_k=2, **changes)), dist.group.WORLD, **options)
+        ids, rows = [], []
+        moe.router.register_forward_hook(lambda module, args, routing, ids=ids: ids.append(routing.expert_ids_TK))
+        moe.experts.register_forward_hook(lambda module, args, out, rows=rows: rows.append(len(args[0])))
+        torch.manual_seed(1 + dist.get_rank())
+        x_TD = torch.randn(tokens[dist.get_rank()], 8, requires_grad=True)
+        with moe.dispatcher.exchange.log.watch() as sent:
+            moe(x_TD).sum().backward()
+        results.append((ids[0].numpy(), [tuple(one) for one in sent], rows[0]))
+    return results
+
+
 def wire_with(changes, options):
     """Wire a layer whose settings this rank changes by `changes[rank]`, with `options[rank]`."""
     config = MoEConfig(dim=8, hidden_dim=8, num_experts=12, top_k=2).replace(**changes.get(dist.get_rank(), {}))

@@ -1,11 +1,24 @@
 import pytest
 import rank_jobs  # noqa: F401  (the folder is on the path)
 import torch
-from exchange_jobs import balance, on_dirty_memory, overlap_order, run_cases, traffic, traffic_both_ways, wire_with
+from exchange_jobs import (
+    balance,
+    by_policy,
+    on_dirty_memory,
+    overlap_order,
+    run_cases,
+    traffic,
+    traffic_both_ways,
+    wire_with,
+)
 
-from moe_lab import MoE, MoEConfig
+from moe_lab import MoE, MoEConfig, RouterConfig
 from moe_lab.layer.all_to_all import AllToAllTokenDispatcher
+from moe_lab.layer.placement import Placement
 from moe_lab.parallel import RankPool, VirtualRanks, wire
+from moe_lab.study import traffic as study_traffic
+from moe_lab.study.batches import count_matrix
+from moe_lab.study.padding import overhead
 from parallel_cases import check, draw, one_rank, virtual
 
 SEEDS = range(12)
@@ -93,6 +106,49 @@ def test_counted_bytes_are_those_of_the_plans(pool):
                 assert list(dispatch.rows_R) == (plan.send_splits or even)
                 assert list(combine.rows_R) == (plan.receive_splits or even)
                 assert dispatch.row_bytes == case.config.dim * 8
+
+
+ROUND_ROBIN = {"router": RouterConfig(force_load_balance="round_robin")}
+PREDICTED = [  # policy and settings of the study; settings of the layer, and of its wiring
+    ("none", {}, {}, {}),
+    ("equal_split", {}, {"equal_split": "force"}, {}),
+    *(
+        ("adaptive", {"threshold": t}, {"equal_split": "adaptive", "equal_split_threshold": t}, {})
+        for t in (0.0, 0.1, 9.0)
+    ),
+    *(("multiple", {"multiple": n}, {"pad_multiple": n}, {}) for n in (8, 16, 32)),
+    *(("drop", {"capacity_factor": f}, {"capacity_factor": f}, {}) for f in (0.5, 1.0, 1.25)),
+    ("padded_bmm", {}, {"backend": "padded"}, {}),
+    ("forced_balance", {}, ROUND_ROBIN, {}),
+]
+
+
+@pytest.mark.parametrize("tokens", [(9, 1, 12, 5), (12, 12, 12, 12)], ids=["uneven", "even"])
+def test_what_is_predicted_from_counts_is_what_real_ranks_exchange(pool, tokens):
+    cases = PREDICTED + [("forced_balance", {}, ROUND_ROBIN, {"tokens_per_rank": 12})] * (len(set(tokens)) == 1)
+    counted = list(zip(*pool.run(by_policy, [(layer, wiring) for *_, layer, wiring in cases], tokens)))
+    placement = Placement.blockwise(8, 4)
+    counts = count_matrix([torch.as_tensor(ids_TK) for ids_TK, *_ in counted[0]], placement)
+    zeros, dropped = set(), set()
+    for (policy, how, *_), by_rank in zip(cases, counted):
+        predicted = overhead(counts, policy, **how)
+        for rank, (ids_TK, sent, expert_rows) in enumerate(by_rank):
+            (dispatch, row_bytes), (combine, _), *gradients = sent
+            real = predicted.sent_R[rank] + predicted.rows_R[rank]
+            assert sum(dispatch) + sum(combine) == real + predicted.exchange_zeros_R[rank], (policy, how, rank)
+            assert [rows for rows, _ in gradients] == [dispatch, combine]
+            assert row_bytes == 8 * 4
+            assert predicted.sent_R[rank] + predicted.dropped_R[rank] == ids_TK.size
+            if policy != "padded_bmm":  # whose zeros are made inside the experts
+                assert expert_rows == predicted.rows_R[rank] + predicted.expert_zeros_R[rank], (policy, how, rank)
+            if policy in ("none", "forced_balance"):
+                ids = [torch.as_tensor(ids_TK) for ids_TK, *_ in by_rank]
+                leaving = study_traffic.traffic(ids, placement).per_assignment_R[rank]
+                assert sum(dispatch) - dispatch[rank] == leaving
+        zeros.add((policy, sum(predicted.exchange_zeros_R) > 0))
+        dropped.add(sum(predicted.dropped_R) > 0)
+    assert {("equal_split", True), ("adaptive", True), ("adaptive", False), ("none", False)} <= zeros
+    assert dropped == {True, False}
 
 
 def test_gradients_are_counted_on_their_way_back(pool):
