@@ -5,10 +5,10 @@ import sys
 
 import pytest
 import torch
+from moe_lab.jobs.bench_table import measurements
 
 from moe_lab.config import MoEConfig
 from moe_lab.jobs import bench
-from moe_lab.jobs.bench_table import measurements
 from moe_lab.study.measurements import load
 from moe_lab.study.timing import Timing
 

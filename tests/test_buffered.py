@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moe_lab import MoE, fastpaths
-from moe_lab.jobs.peers import Inputs
+from moe_lab.jobs.bench_inputs import Inputs
 from moe_lab.kernels.buffered import buffered_backward, buffered_experts, buffered_forward
 from moe_lab.layer.backends import BACKENDS
 from moe_lab.layer.backends.weights import Weights

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from moe_lab.study import measurements
+from moe_lab.study.measurement_text import lines
 from moe_lab.study.measurements import Measurement, Measurements, load, measured
 
 STORED = Path(__file__).resolve().parent.parent / "docs/results/h200_layer.json"
@@ -36,9 +36,10 @@ def stored(tmp_path, **changes):
 
 def test_a_row_from_rounds_and_single_runs():
     of = {k: v for k, v in ROW.items() if k not in ("median", "low", "high")}
-    row = measured([2.0, 4.0, 6.0], runs=[1.0, 2.0, 3.0, 4.0, 5.0], to=("dense", [1.0, 2.0, 2.0]), keep=True, **of)
-    assert (row.median, row.q25, row.q75, row.mean) == (4.0, 2.0, 4.0, 3.0)
-    assert (row.p90, row.p99) == pytest.approx((4.6, 4.96))
+    runs = [[1.0, 2.0, 3.0], [4.0], [6.0]]
+    row = measured(runs, to=("dense", [[1.0], [1.0, 2.0, 9.0], [2.0]]), keep=True, **of)
+    assert (row.median, row.q25, row.q75, row.mean) == (4.0, 2.0, 4.0, 3.2)
+    assert (row.p90, row.p99) == pytest.approx((5.2, 5.92))
     assert (row.ratio_to, row.ratio) == ("dense", 2.0)
     assert row.low <= 4.0 <= row.high
     assert row.ratio_low <= 2.0 <= row.ratio_high <= 3.0
@@ -107,7 +108,7 @@ def test_unknown_fields_cannot_be_selected():
 
 def test_text_leaves_out_what_no_row_has():
     row = Measurement(**ROW, ratio_to="dense", ratio=1.25, ratio_low=1.0, ratio_high=1.5, rank=2, mode="compile")
-    text = measurements.lines([row, dataclasses.replace(row, ratio=None, phase="experts")])
+    text = lines([row, dataclasses.replace(row, ratio=None, phase="experts")])
     title, head, first, second = text.splitlines()
     assert title == "tiny   T 12  D 8  F 4  E 4  K 2   layer, float32"
     assert head.split() == ["direction", "ms", "95", "%", "ratio", "95", "%"]

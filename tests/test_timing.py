@@ -12,13 +12,20 @@ def test_arms_run_in_turn_and_the_first_round_does_not_count():
     calls = []
     arms = {name: (lambda name=name: calls.append(name)) for name in "ab"}
     times = timing.interleave(arms, CPU, rounds=2, block_ms=0.0)
-    assert {name: len(values) for name, values in times.items()} == {"a": 2, "b": 2}
+    assert {name: [len(runs) for runs in rounds] for name, rounds in times.items()} == {"a": [1, 1], "b": [1, 1]}
     assert "".join(calls) == "aaabbb" + "ab" * 3, "three calls each to choose the block, then rounds of one"
 
 
 def test_a_longer_arm_is_measured_longer():
     times = timing.interleave({"nap": lambda: time.sleep(0.02), "nothing": lambda: None}, CPU, rounds=1, block_ms=1.0)
-    assert times["nap"][0] >= 20 > times["nothing"][0]
+    assert timing.medians(times["nap"])[0] >= 20 > timing.medians(times["nothing"])[0]
+
+
+def test_every_run_of_a_block_is_kept():
+    times = timing.interleave({"nap": lambda: time.sleep(0.001)}, CPU, rounds=2, block_ms=5.0)
+    assert len(times["nap"]) == 2
+    assert all(1 < len(runs) <= 5 for runs in times["nap"])
+    assert timing.medians([[1.0, 9.0, 2.0], [4.0]]) == [2.0, 4.0]
 
 
 def test_the_summary_is_a_median_within_its_interval():

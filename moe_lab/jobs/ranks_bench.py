@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from moe_lab import data
 from moe_lab.config import MoEConfig, RouterConfig, check_choice, check_int
-from moe_lab.jobs.bench import LAYERS
+from moe_lab.jobs.bench_inputs import LAYERS
 from moe_lab.layer.all_to_all import AllToAllTokenDispatcher
 from moe_lab.layer.exchange import finish
 from moe_lab.layer.moe import MoE

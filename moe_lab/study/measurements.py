@@ -12,13 +12,14 @@ import json
 import math
 import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe_lab.config import check_choice
 from moe_lab.study import timing
+from moe_lab.study.measurement_text import lines
 
 if TYPE_CHECKING:
     import pandas
@@ -135,21 +136,19 @@ NAMES: dict[Any, str] = {
 
 
 def measured(
-    times: Sequence[float],
+    runs: Sequence[Sequence[float]],
     *,
-    runs: Sequence[float] | None = None,
-    to: tuple[str, Sequence[float]] | None = None,
+    to: tuple[str, Sequence[Sequence[float]]] | None = None,
     keep: bool = False,
     **of: Any,
 ) -> Measurement:
-    """A row from the ms of every round, and of every single `run` in them; `to`: another arm's name and rounds."""
-    middle = timing.summarise(times)
-    spread = {} if not runs else timing.spread(runs)._asdict()
+    """A row from the ms of every run, round by round; `to`: another arm's name and runs in the same rounds."""
+    times = timing.medians(runs)
+    found = timing.spread([run for block in runs for run in block])._asdict()
     if to is not None:
-        ratio = timing.ratio(times, to[1])
-        spread |= {"ratio_to": to[0], "ratio": ratio.median, "ratio_low": ratio.low, "ratio_high": ratio.high}
-    repeats = tuple(times) if keep else None
-    return Measurement(**middle._asdict(), **spread, **of, repeats=repeats)
+        ratio = timing.ratio(times, timing.medians(to[1]))
+        found |= {"ratio_to": to[0], "ratio": ratio.median, "ratio_low": ratio.low, "ratio_high": ratio.high}
+    return Measurement(**timing.summarise(times)._asdict(), **found, **of, repeats=tuple(times) if keep else None)
 
 
 @dataclass(frozen=True)
@@ -243,52 +242,3 @@ def _row(number: int, row: Any) -> Measurement:
         return Measurement(**row)
     except ValueError as error:
         raise ValueError(f"row {number}: {error}") from error
-
-
-HEADS = ("", "direction", "ms", "95 %", "IQR", "p90", "p99", "ratio", "95 %", "roofline", "saved", "peak", "error")
-
-
-def lines(rows: Iterable[Measurement]) -> str:
-    """Rows of one layer and bench as aligned text; saved and peak in MiB, empty columns left out."""
-    rows = list(rows)
-    head = rows[0]
-    of = f"T {head.tokens}  D {head.dim}  F {head.hidden_dim}  E {head.num_experts}  K {head.top_k}"
-    title = f"{head.layer}   {of}   {head.bench}, {head.dtype}"
-    title += f", {head.ranks} ranks" if head.ranks > 1 else ""
-    title += "" if head.max_over_mean is None else f"   max/mean {head.max_over_mean:.2f}"
-    table = [
-        ["", "direction", "ms", "95 %", "IQR", "p90", "p99", "ratio", "95 %", "roofline", "saved", "peak", "error"]
-    ]
-    table += [_cells(row) for row in rows]
-    kept = [i for i in range(len(table[0])) if any(cells[i] for cells in table[1:])]
-    widths = [max(len(cells[i]) for cells in table) for i in kept]
-    shown = []
-    for cells in table:
-        padded = [cells[i].ljust(w) if i < 2 else cells[i].rjust(w) for i, w in zip(kept, widths)]
-        shown.append("  ".join(padded).rstrip())
-    return "\n".join([title, *shown])
-
-
-def _cells(row: Measurement) -> list[str]:
-    def number(value: float | None, form: str) -> str:
-        return "" if value is None else format(value, form)
-
-    def pair(low: float | None, high: float | None, form: str) -> str:
-        return "" if low is None or high is None else f"[{low:{form}}, {high:{form}}]"
-
-    name = row.arm if row.phase == "all" else f"{row.arm} {row.phase}"
-    name += f" (rank {row.rank})" if row.rank is not None else ""
-    return [
-        name + (" compiled" if row.mode == "compile" else ""),
-        row.direction,
-        number(row.median, ".3f"),
-        pair(row.low, row.high, ".3f"),
-        pair(row.q25, row.q75, ".3f"),
-        number(row.p90, ".3f"),
-        number(row.p99, ".3f"),
-        number(row.ratio, ".2f") + (f" {row.ratio_to}" if row.ratio_to else ""),
-        pair(row.ratio_low, row.ratio_high, ".2f"),
-        number(row.roofline_share, ".2f"),
-        *(number(None if size is None else size / 2**20, ".0f") for size in (row.saved, row.peak)),
-        number(row.error, ".1e"),
-    ]

@@ -49,13 +49,13 @@ class Memory(NamedTuple):
 
 def interleave(
     arms: Mapping[str, Callable[[], object]], device: torch.device, *, rounds: int, block_ms: float | None = None
-) -> dict[str, list[float]]:
-    """Milliseconds of every arm in every round, each the median of its block; a round before does not count."""
+) -> dict[str, list[list[float]]]:
+    """Milliseconds of every run of every arm, by round; a round before does not count. See `medians`."""
     block_ms = BLOCK_MS[device.type] if block_ms is None else block_ms
     clock = _time_cuda if device.type == "cuda" else _time_cpu
     flush = torch.empty(FLUSH_BYTES if device.type == "cuda" else 0, dtype=torch.uint8, device=device)
 
-    def block(arm: Callable[[], object], repeats: int) -> float:
+    def block(arm: Callable[[], object], repeats: int) -> list[float]:
         read = []
         for _ in range(repeats):
             flush.zero_()
@@ -63,14 +63,22 @@ def interleave(
         if device.type == "cuda":
             torch.cuda.synchronize(device)
             read = read[len(read) // 2 :]
-        return statistics.median(time() for time in read)
+        return [time() for time in read]
 
-    repeats = {name: min(400, max(1, round(block_ms / max(block(arm, 3), 1e-3)))) for name, arm in arms.items()}
-    times: dict[str, list[float]] = {name: [] for name in arms}
+    def repeats_of(arm: Callable[[], object]) -> int:
+        return min(400, max(1, round(block_ms / max(statistics.median(block(arm, 3)), 1e-3))))
+
+    repeats = {name: repeats_of(arm) for name, arm in arms.items()}
+    times: dict[str, list[list[float]]] = {name: [] for name in arms}
     for _ in range(1 + rounds):
         for name, arm in arms.items():
             times[name].append(block(arm, repeats[name]))
     return {name: counted for name, (_, *counted) in times.items()}
+
+
+def medians(runs: Sequence[Sequence[float]]) -> list[float]:
+    """One number a round: the median of its runs."""
+    return [statistics.median(block) for block in runs]
 
 
 def _time_cuda(arm: Callable[[], object]) -> Callable[[], float]:

@@ -7,7 +7,7 @@ import torch.distributed as dist
 
 import parallel_cases
 from moe_lab import MoE, MoEConfig, RouterConfig
-from moe_lab.jobs.bench import LAYERS
+from moe_lab.jobs.bench_inputs import LAYERS
 from moe_lab.parallel import wire
 
 

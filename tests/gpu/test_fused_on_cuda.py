@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from moe_lab.jobs.bench import LAYERS, make_inputs
+from moe_lab.jobs.bench_inputs import LAYERS, make_inputs
 from moe_lab.jobs.peers import ours, transformers
 from moe_lab.kernels.fused import fused_experts
 from moe_lab.kernels.tiles import tile_rows
