@@ -1,105 +1,122 @@
 import argparse
+import os
 import signal
 import subprocess
 import sys
 
 import pytest
 import torch
-from moe_lab.jobs.bench_table import measurements
 
 from moe_lab.config import MoEConfig
-from moe_lab.jobs import bench
+from moe_lab.jobs import bench, bench_inputs
 from moe_lab.study.measurements import load
-from moe_lab.study.timing import Timing
 
 CPU = torch.device("cpu")
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
 def tiny(monkeypatch):
     config = MoEConfig(dim=32, hidden_dim=16, num_experts=4, top_k=2)
-    monkeypatch.setitem(bench.LAYERS, "tiny", config)
+    monkeypatch.setitem(bench_inputs.LAYERS, "tiny", config)
     return config
 
 
-def run(*argv):
+def run(*argv, what="layer"):
     parser = argparse.ArgumentParser()
     bench.add_arguments(parser)
-    return bench.main(parser.parse_args(["layer", "--preset", "tiny", "--tokens", "12", *argv]))
+    options = ["--preset", "tiny", "--tokens", "12", "--dtype", "float32", "--rounds", "2"]
+    return bench.main(parser.parse_args([what, *options, *argv]))
 
 
 def test_the_command_prints_a_table_and_writes_its_numbers(tiny, tmp_path, capsys):
     path = tmp_path / "out.json"
-    assert run("--peers", "loop,grouped", "--dtype", "float32", "--rounds", "1", "--json", str(path)) == 0
+    assert run("--backends", "loop,grouped", "--peers", "torchtitan_ops", "--json", str(path)) == 0
     printed = capsys.readouterr().out
     assert "tiny   T 12  D 32  F 16  E 4  K 2" in printed
     stored = load(path)
     assert stored.environment["torch"] == torch.__version__
     assert stored.environment["layers"] == "1 of 1"
     assert str(stored.environment["command"]).startswith("moe-lab")
-    assert stored.values("arm") == ["dense", "loop", "grouped"]
-    assert stored.values("direction") == ["forward", "forward+backward"]
-    assert all(row.arm in printed and row.error in (None, pytest.approx(0, abs=1e-6)) for row in stored.rows)
+    layer = stored.select(bench="layer")
+    assert layer.values("arm") == ["dense", "copy", "loop", "grouped", "torchtitan_ops"]
+    assert layer.values("direction") == ["forward", "forward+backward"]
+    for row in layer.rows:
+        assert None not in (row.q25, row.q75, row.p90, row.p99, row.mean, row.ratio_low, row.ratio_high)
+        assert row.ratio_to == "dense"
+        assert (row.bytes_ms is None) == (row.error is None) == (row.arm in ("dense", "copy"))
+        assert row.error is None or 0 < row.error < 1e-6
+    found = stored.select(bench="phases", arm="grouped")
+    assert found.values("phase") == ["all", "plan", "pack", "experts", "combine", "rest"]
+    assert stored.select(bench="phases").values("arm") == ["loop", "grouped"], "a library's arm has no phases"
+
+
+@pytest.mark.parametrize(
+    ("what", "arms"),
+    [
+        ("experts", ["dense", "copy", "loop", "padded", "grouped"]),
+        ("dispatch", ["copy", "local", "torch_sort_index"]),
+        ("combine", ["copy", "gather", "scatter_add", "index_add", "deterministic_2d_index"]),
+    ],
+)
+def test_each_step_is_measured_alone(tiny, tmp_path, what, arms):
+    path = tmp_path / "out.json"
+    run("--json", str(path), *(["--backends", "loop,padded,grouped"] if what == "experts" else []), what=what)
+    stored = load(path)
+    assert stored.values("bench") == [what]
+    assert stored.values("arm") == arms
+    assert all(row.ratio_to == arms[0] and row.ratio > 0 for row in stored.rows)
 
 
 @pytest.mark.slow
-def test_an_interrupt_keeps_the_layers_that_were_measured(tmp_path):
+def test_compiled_arms_stand_beside_eager_ones(tiny, tmp_path):
+    path = tmp_path / "out.json"
+    run("--compile", "--backends", "none", "--peers", "index_add", "--json", str(path), what="combine")
+    stored = load(path).select(arm="index_add")
+    assert [(row.mode, row.direction) for row in stored.rows] == [
+        (mode, direction) for direction in ("forward", "forward+backward") for mode in ("eager", "compile")
+    ]
+
+
+@pytest.mark.slow
+def test_an_interrupt_keeps_what_was_measured_and_leaves_no_process(tmp_path):
     path = tmp_path / "out.json"
     code = (
         "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "from moe_lab.jobs import bench; from moe_lab.config import MoEConfig; from moe_lab import cli\n"
+        "from moe_lab.jobs import bench_inputs; from moe_lab.config import MoEConfig; from moe_lab import cli\n"
         "size = dict(hidden_dim=16, num_experts=4, top_k=2)\n"
-        "bench.LAYERS |= {'tiny': MoEConfig(dim=32, **size), 'large': MoEConfig(dim=64, **size)}\n"
+        "bench_inputs.LAYERS |= {'tiny': MoEConfig(dim=32, **size), 'large': MoEConfig(dim=64, **size)}\n"
         "sys.exit(cli.main(sys.argv[1:]))"
     )
-    options = [
-        "bench",
-        "layer",
-        "--preset",
-        "tiny",
-        "--preset",
-        "large",
-        "--dtype",
-        "float32",
-        "--peers",
-        "loop",
-        "--rounds",
-    ]
-    argv = [sys.executable, "-c", code, *options, "40", "--tokens", "64", "--json", str(path)]
-    process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    options = "bench combine --preset tiny --preset large --dtype float32 --peers none --rounds 40 --tokens 64"
+    argv = [sys.executable, "-c", code, *options.split(), "--json", str(path)]
+    process = subprocess.Popen(
+        argv, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True
+    )
     assert process.stdout is not None
-    while not (line := process.stdout.readline()).startswith("loop"):
-        assert line, "ended before it printed a layer"
+    while not (line := process.stdout.readline()).startswith("gather"):
+        assert line, "ended before it printed anything"
     process.send_signal(signal.SIGINT)
     assert process.wait(60) == 130
     stored = load(path)
-    assert stored.environment["layers"] == "1 of 2"
+    assert stored.environment["layers"] == "0 of 2"
     assert stored.values("layer") == ["tiny"]
-
-
-def test_rows_of_the_table_hold_every_number_of_a_result():
-    dense = bench.Row("dense", Timing(2.0, 1.9, 2.1), Timing(1.0, 1.0, 1.0), Timing(6.0, 5.9, 6.1), Timing(1, 1, 1))
-    fused = bench.Row(
-        "fused", Timing(4.0, 3.9, 4.1), Timing(2.0, 1.9, 2.1), Timing(9.0, 8.0, 10.0), Timing(1.5, 1.4, 1.6), 3, 5, 0.1
-    )
-    shape = {"T": 1, "D": 2, "F": 3, "E": 4, "K": 2}
-    kernels = {"sort": Timing(0.02, 0.01, 0.03)}
-    result = bench.Result("tiny", shape, 1.5, (dense, fused), kernels, {"sort": 0.01}, {"x": "y"})
-    table = measurements([result], {"device": "a CPU", "dtype": "float32"})
-    assert table.environment["tiny without x"] == "y"
-    there, back = table.select(arm="fused").rows
-    assert (there.median, there.ratio, there.dense_ms, there.error) == (4.0, 2.0, 2.0, 0.1)
-    assert (back.median, back.low, back.high, back.ratio, back.dense_ms) == (9.0, 8.0, 10.0, 1.5, 6.0)
-    assert (back.saved, back.peak, back.tokens, back.top_k, back.max_over_mean) == (3, 5, 1, 2, 1.5)
-    assert table.select(bench="kernels").rows[0].roofline_share == 0.5
+    assert stored.values("arm") == ["copy", "gather", "scatter_add"]
+    assert stored.values("direction") == ["forward"]
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)
 
 
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
         (["--device", "cuda"], "device='cuda' is not here"),
-        (["--peers", "loop,nobody"], "peers='nobody' is not known"),
+        (["--device", "tpu"], "device='tpu' is not known"),
+        (["--peers", "nobody"], "peers='nobody' is not known"),
+        (["--backends", "loop,nobody"], "backends='nobody' is not known"),
         (["--preset", "nothing"], "preset='nothing' is not known"),
+        (["--preset", "tiny/3"], "'3' must be an integer >= 1 that divides dim=32 and hidden_dim=16"),
+        (["--preset", "tiny/"], "'' must be an integer"),
         (["--dtype", "int8"], "dtype='int8' is not known"),
         (["--rounds", "0"], "rounds=0 must be"),
         (["--tokens", "0"], "tokens=0 must be"),
@@ -112,19 +129,15 @@ def test_bad_options_are_named(tiny, argv, message):
         run(*argv)
 
 
+def test_a_layer_may_be_named_with_a_part_of_its_widths():
+    config = bench_inputs.layer_config("10B_2B/8")
+    assert (config.dim, config.hidden_dim, config.num_experts, config.top_k) == (256, 176, 36, 3)
+    assert bench_inputs.layer_config("10B_2B").dim == 2048
+    assert (bench_inputs.default_tokens("mixtral_8x7b/4"), bench_inputs.default_tokens("fine")) == (8192, 16384)
+
+
 def test_routing_is_skewed_and_seeded(tiny):
-    first, second = (bench.make_inputs(tiny, 500, CPU, torch.float32) for _ in range(2))
+    first, second = (bench_inputs.make_inputs(tiny, 500, CPU, torch.float32) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second))
-    counts = torch.bincount(first.expert_ids_TK.flatten(), minlength=4).float()
-    assert counts.max() / counts.mean() > 1.1
-
-
-def test_a_row_says_what_was_not_measured():
-    row = bench.Row("fused", Timing(1.0, 0.9, 1.1), Timing(2.0, 1.9, 2.1))
-    result = bench.Result("tiny", {"T": 1}, 1.5, (row,), {"sort": Timing(0.02, 0.01, 0.03)}, {"sort": 0.01}, {"x": "y"})
-    lines = str(result).splitlines()
-    assert lines[0] == "tiny   T 1   max/mean 1.50"
-    assert lines[2].split() == ["fused", "1.000", "[0.900,", "1.100]", "2.00", "-", "-", "-", "-", "-"]
-    assert lines[3].split()[:3] == ["sort", "0.0200", "ms"]
-    assert lines[3].endswith("2.00 x its bytes (0.0100 ms)")
-    assert lines[4] == "  x: not run: y"
+    even = bench_inputs.make_inputs(tiny, 500, CPU, torch.float32, skew=0.0)
+    assert bench_inputs.imbalance(first) > 1.1 > bench_inputs.imbalance(even) >= 1.0

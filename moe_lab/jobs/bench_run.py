@@ -106,16 +106,16 @@ def _rows(
         bounds = {("dense", "eager"): (lambda: [dense() for _ in range(3)]) if both else dense} | bounds
     runs = timing.interleave(_named(bounds | ready), device, rounds=settings.rounds, block_ms=settings.block_ms)
     first = next(iter(runs))
-    beside: dict[str, Any] = {"direction": direction, "keep": settings.keep}
-    beside["bytes_ms"] = _median(runs["copy eager"]) * contest.num_bytes[both] / (2 * size)
-    beside["dense_ms"] = _median(runs[first]) if dense is not None else None
+    bound: dict[str, Any] = {}
+    bound["bytes_ms"] = _median(runs["copy eager"]) * contest.num_bytes[both] / (2 * size)
+    bound["dense_ms"] = _median(runs[first]) if dense is not None else None
     rows = []
     for name, mode in (*bounds, *ready):
-        own: dict[str, Any] = {"arm": name, "mode": mode}
+        own: dict[str, Any] = {"arm": name, "mode": mode, "direction": direction, "keep": settings.keep}
         if (name, mode) in ready:
-            own |= {"error": contest.errors[name]} | _memory(contest.arms[name], contest, direction, mode)
+            own |= bound | {"error": contest.errors[name]} | _memory(contest.arms[name], contest, direction, mode)
         to = (first.split()[0], runs[first])
-        rows.append(measured(runs[f"{name} {mode}"], to=to, **of, **beside, **own))
+        rows.append(measured(runs[f"{name} {mode}"], to=to, **of, **own))
     return rows
 
 
