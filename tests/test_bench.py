@@ -3,6 +3,7 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -68,8 +69,8 @@ def test_each_step_is_measured_alone(tiny, tmp_path, what, arms):
     assert all(row.ratio_to == arms[0] and row.ratio > 0 for row in stored.rows)
 
 
-@pytest.mark.slow
-def test_compiled_arms_stand_beside_eager_ones(tiny, tmp_path):
+def test_compiled_arms_stand_beside_eager_ones(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     path = tmp_path / "out.json"
     run("--compile", "--backends", "none", "--peers", "index_add", "--json", str(path), what="combine")
     stored = load(path).select(arm="index_add")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import NamedTuple, get_args
 
 import torch
@@ -196,7 +197,7 @@ def _deterministic(zeros_TD: Tensor, token_R: Tensor, rows_RD: Tensor) -> Tensor
 
 BACKENDS = get_args(Backend)
 FIELDS: dict[str, Field] = {
-    "layer": Field({name: lambda inputs, name=name: ours(inputs, name) for name in BACKENDS}, PEERS, "loop"),
+    "layer": Field({name: partial(ours, backend=name) for name in BACKENDS}, PEERS, "loop"),
     "experts": Field({name: _our_experts(name) for name in BACKENDS}, {}, "loop"),
     "dispatch": Field({"local": _our_dispatch}, {"torch_sort_index": _torch_dispatch}, "torch_sort_index"),
     "combine": Field(
