@@ -12,7 +12,7 @@ ScoreFunc = Literal["softmax", "sigmoid", "sqrt_softplus"]
 GroupScore = Literal["top2", "max", "topk_share"]
 GateDtype = Literal["float32", "input"]
 ForcedBalance = Literal["round_robin", "random"]
-Backend = Literal["loop", "padded", "grouped", "fused", "buffered", "batched", "auto"]
+Backend = Literal["loop", "padded", "grouped", "fused", "buffered", "batched", "blocked", "auto"]
 DropPolicy = Literal["probs", "position"]
 Activation = Literal["swiglu", "clamped_swiglu"]
 CombineArm = Literal["gather", "scatter_add"]
@@ -141,6 +141,9 @@ class MoEConfig:
     `activation` of the routed experts: silu(gate) * up, or gpt-oss's clamped form; `mlp_bias` gives them biases.
     `shared_expert_gate`: multiply the shared experts' output by sigmoid(x w) (Qwen2-MoE, Qwen3-Next).
     `backend`: how expert products are computed; `combine`: how expert outputs return to their tokens.
+    `batch_invariant`: a token's output has the same bits alone and in any batch, on one machine with one number of
+        threads. Router and shared experts compute in blocks of a fixed number of rows, as the backend must:
+        `blocked`, or `fused` on CUDA.
     `capacity_factor`: an expert takes at most ceil(T * K / E * capacity_factor) assignments of a forward, the rest
         is dropped; None drops nothing. `drop_policy`: keep those of the highest gate (`probs`) or the earliest.
     `load_balance_coeff`: step of the auxiliary-loss-free balancing bias; None leaves the bias at zero.
@@ -164,6 +167,7 @@ class MoEConfig:
     shared_expert_gate: bool = False
     backend: Backend = "loop"
     combine: CombineArm = "gather"
+    batch_invariant: bool = False
     capacity_factor: float | None = None
     drop_policy: DropPolicy = "probs"
     load_balance_coeff: float | None = None
@@ -179,7 +183,7 @@ class MoEConfig:
         check_choice("backend", self.backend, get_args(Backend))
         check_choice("combine", self.combine, get_args(CombineArm))
         check_choice("activation", self.activation, get_args(Activation))
-        for name in ("score_before_experts", "mlp_bias", "shared_expert_gate"):
+        for name in ("score_before_experts", "mlp_bias", "shared_expert_gate", "batch_invariant"):
             check_bool(name, getattr(self, name))
         if self.shared_expert_gate and not self.num_shared_experts:
             raise ValueError("shared_expert_gate=True gates nothing: num_shared_experts=0 must be at least 1")
@@ -194,6 +198,7 @@ class MoEConfig:
             raise ValueError(f"capacity_factor={factor!r} must be a positive number, or None for no drops")
         if factor is not None and self.backend == "fused":
             raise ValueError("backend='fused' drops nothing: with a capacity_factor choose another backend")
+        self._check_batch_invariant()
         check_choice("reorder", self.reorder, get_args(Reorder))
         check_choice("equal_split", self.equal_split, get_args(EqualSplit))
         check_int("pad_multiple", self.pad_multiple, 1)
@@ -204,6 +209,24 @@ class MoEConfig:
         if coeff is not None and not (_is_finite(coeff) and coeff > 0):
             raise ValueError(f"load_balance_coeff={coeff!r} must be a positive number, or None for no balancing")
         check_threshold("equal_split_threshold", self.equal_split_threshold)
+
+    def _check_batch_invariant(self) -> None:
+        if not self.batch_invariant:
+            return
+        if self.backend not in ("blocked", "fused"):
+            raise ValueError(
+                f"batch_invariant=True with backend={self.backend!r}: choose 'blocked', or 'fused' on CUDA, whose "
+                "products do not depend on how many rows an expert has"
+            )
+        if self.capacity_factor is not None:
+            raise ValueError(
+                f"batch_invariant=True with capacity_factor={self.capacity_factor}: drops depend on the batch"
+            )
+        if self.router.force_load_balance is not None:
+            raise ValueError(
+                f"batch_invariant=True with force_load_balance={self.router.force_load_balance!r}: a token's experts "
+                "then depend on its place in the batch"
+            )
 
     def replace(self, **changes: Any) -> MoEConfig:
         """A copy with some fields changed, validated again."""

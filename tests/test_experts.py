@@ -22,7 +22,7 @@ COUNTS = {
     "one_expert": [5],
     "one_row": [0, 1],
 }
-ON_CPU = ["loop", "padded", "grouped", "buffered"]
+ON_CPU = ["loop", "padded", "grouped", "buffered", "blocked"]
 
 
 def build(counts, backend, dtype=torch.float32):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +11,7 @@ from jaxtyping import Float, Int32
 from torch import Tensor, nn
 
 from moe_lab.config import Activation, check_choice
+from moe_lab.kernels.blocks import fixed_elementwise, fixed_linear
 from moe_lab.layer import auto
 from moe_lab.layer.activations import ACTIVATIONS, swiglu
 from moe_lab.layer.auto import Choice
@@ -120,21 +122,30 @@ def _check_memory(dim: int, hidden_dim: int, num_experts: int) -> None:
 class SharedExperts(nn.Module):
     """n experts that every token uses, as one SwiGLU of width n*F: the sum of n SwiGLUs is one wide SwiGLU.
 
-    `gated` multiplies the output by sigmoid(gate(x)), one number a token.
+    `gated` multiplies the output by sigmoid(gate(x)), one number a token. `batch_invariant`: as in `MoEConfig`.
     """
 
-    def __init__(self, dim: int, hidden_dim: int, num_shared_experts: int, *, gated: bool = False) -> None:
+    def __init__(
+        self, dim: int, hidden_dim: int, num_shared_experts: int, *, gated: bool = False, batch_invariant: bool = False
+    ) -> None:
         super().__init__()
         width = hidden_dim * num_shared_experts
         self.w1 = nn.Linear(dim, width, bias=False)
         self.w2 = nn.Linear(width, dim, bias=False)
         self.w3 = nn.Linear(dim, width, bias=False)
         self.gate = nn.Linear(dim, 1, bias=False) if gated else None
+        self.batch_invariant = batch_invariant
 
     def forward(self, x_TD: Float[Tensor, "T D"]) -> Float[Tensor, "T D"]:
         """(T, D) -> (T, D). Weights are used in the dtype of x, as those of `GroupedExperts` are."""
         w1, w2, w3 = (linear.weight.to(x_TD.dtype) for linear in (self.w1, self.w2, self.w3))
-        out_TD = F.linear(swiglu(F.linear(x_TD, w1), F.linear(x_TD, w3)), w2)
+        linear = fixed_linear if self.batch_invariant else F.linear
+        elementwise = fixed_elementwise if self.batch_invariant else _apply
+        out_TD = linear(elementwise(swiglu, linear(x_TD, w1), linear(x_TD, w3)), w2)
         if self.gate is None:
             return out_TD
-        return torch.sigmoid(F.linear(x_TD, self.gate.weight.to(x_TD.dtype))) * out_TD
+        return elementwise(torch.sigmoid, linear(x_TD, self.gate.weight.to(x_TD.dtype))) * out_TD
+
+
+def _apply(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    return function(*tensors)

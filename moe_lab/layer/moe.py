@@ -41,7 +41,9 @@ class MoE(nn.Module):
     def __init__(self, config: MoEConfig) -> None:
         super().__init__()
         self.config = config
-        self.router = TokenChoiceTopKRouter(config.dim, config.num_experts, config.top_k, config.router)
+        self.router = TokenChoiceTopKRouter(
+            config.dim, config.num_experts, config.top_k, config.router, batch_invariant=config.batch_invariant
+        )
         self.dispatcher = LocalTokenDispatcher(
             config.num_experts,
             combine=config.combine,
@@ -58,7 +60,13 @@ class MoE(nn.Module):
             mlp_bias=config.mlp_bias,
         )
         self.shared_experts = (
-            SharedExperts(config.dim, config.hidden_dim, config.num_shared_experts, gated=config.shared_expert_gate)
+            SharedExperts(
+                config.dim,
+                config.hidden_dim,
+                config.num_shared_experts,
+                gated=config.shared_expert_gate,
+                batch_invariant=config.batch_invariant,
+            )
             if config.num_shared_experts
             else None
         )

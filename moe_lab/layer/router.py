@@ -6,6 +6,7 @@ other way. `TokenChoiceTopKRouter` adds the learned projection that makes logits
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from moe_lab import contracts
 from moe_lab.config import RouterConfig
+from moe_lab.kernels.blocks import fixed_elementwise, fixed_linear
 
 
 class Routing(NamedTuple):
@@ -90,11 +92,13 @@ def route(
     *,
     expert_bias_E: Float[Tensor, " E"] | None = None,
     generator: torch.Generator | None = None,
+    batch_invariant: bool = False,
 ) -> Routing:
     """Choose `top_k` experts a token from logits (T, E); gates are differentiable in the logits.
 
     `expert_bias_E` moves the choice only: gates come from the unbiased scores (DeepSeek's loss-free balancing,
-    arXiv:2408.15664). `generator` draws the logits of `force_load_balance="random"`.
+    arXiv:2408.15664). `generator` draws the logits of `force_load_balance="random"`. `batch_invariant`: scores have
+    the same bits whatever else is in the batch.
 
     Raises `ValueError` for settings that cannot choose (see `RouterConfig.check`) and for NaN or infinite
     logits, naming the first bad token (on CPU; on CUDA a device-side assertion, without a host sync).
@@ -102,7 +106,8 @@ def route(
     num_experts = logits_TE.shape[1]
     config.check(num_experts, top_k)
     contracts.check_finite("logits", logits_TE)
-    scores_TE = score(logits_TE, config.score_func)
+    scored = partial(score, score_func=config.score_func)
+    scores_TE = fixed_elementwise(scored, logits_TE) if batch_invariant else scored(logits_TE)
     if config.force_load_balance is None:
         choice_TE = scores_TE.detach() if expert_bias_E is None else scores_TE.detach() + expert_bias_E
         expert_ids_TK = stable_topk(limit_groups(choice_TE, config, top_k), top_k)
@@ -145,19 +150,29 @@ class TokenChoiceTopKRouter(nn.Module):
     """Logits from tokens by one linear projection, then `route`.
 
     `gate.weight` is (E, D), `gate.bias` (E,) with `config.gate_bias`. Logits are computed in float32, or in the
-    input's dtype with `gate_dtype="input"`; near ties of the two differ.
+    input's dtype with `gate_dtype="input"`; near ties of the two differ. `batch_invariant`: as in `MoEConfig`.
     """
 
-    def __init__(self, dim: int, num_experts: int, top_k: int, config: RouterConfig) -> None:
+    def __init__(
+        self, dim: int, num_experts: int, top_k: int, config: RouterConfig, *, batch_invariant: bool = False
+    ) -> None:
         super().__init__()
         config.check(num_experts, top_k)
         self.gate = nn.Linear(dim, num_experts, bias=config.gate_bias)
         self.num_experts, self.top_k, self.config = num_experts, top_k, config
+        self.batch_invariant = batch_invariant
 
     def forward(self, x_TD: Float[Tensor, "T D"], expert_bias_E: Float[Tensor, " E"] | None = None) -> Routing:
         wide = torch.promote_types(x_TD.dtype, torch.float32)
         dtype = wide if self.config.gate_dtype == "float32" else x_TD.dtype
         bias_E = None if self.gate.bias is None else self.gate.bias.to(dtype)
         with torch.autocast(x_TD.device.type, enabled=False):
-            logits_TE = F.linear(x_TD.to(dtype), self.gate.weight.to(dtype), bias_E)
-            return route(logits_TE, self.config, self.top_k, expert_bias_E=expert_bias_E)
+            linear = fixed_linear if self.batch_invariant else F.linear
+            logits_TE = linear(x_TD.to(dtype), self.gate.weight.to(dtype), bias_E)
+            return route(
+                logits_TE,
+                self.config,
+                self.top_k,
+                expert_bias_E=expert_bias_E,
+                batch_invariant=self.batch_invariant,
+            )

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from moe_lab.layer.backends.batched import batched_experts
+from moe_lab.layer.backends.blocked import blocked_experts
 from moe_lab.layer.backends.grouped import grouped_experts
 from moe_lab.layer.backends.loop import loop_experts
 from moe_lab.layer.backends.padded import padded_experts
@@ -24,5 +25,6 @@ BACKENDS: dict[str, Callable[[Tensor, Tensor, Weights], Tensor]] = {
     "fused": fused_rows,
     "buffered": buffered_rows,
     "batched": batched_experts,
+    "blocked": blocked_experts,
 }
 ROUTED = ("fused", "buffered")  # these may take tokens and gates instead of sorted rows

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int32
@@ -13,15 +15,22 @@ from moe_lab.layer.backends.weights import Weights
 
 def loop_experts(x_RD: Float[Tensor, "R D"], ends_E: Int32[Tensor, " E"], weights: Weights) -> Float[Tensor, "R D"]:
     """In any dtype. Needs the counts on the host."""
+    return each_expert(x_RD, ends_E, weights, linear=F.linear, backend="loop")
+
+
+def each_expert(
+    x_RD: Tensor, ends_E: Tensor, weights: Weights, *, linear: Callable[..., Tensor], backend: str
+) -> Float[Tensor, "R D"]:
+    """Rows through their experts by `linear(x, weight, bias)`, one expert after another."""
     if ends_E.device.type != "cpu":
-        fastpaths.note("host_sync", "backend='loop' reads the experts' counts")
+        fastpaths.note("host_sync", f"backend={backend!r} reads the experts' counts")
     ends = ends_E.tolist()
     starts = [0, *ends[:-1]]
     none = [None] * len(ends)
     w1_EFD, w2_EDF, w3_EFD, biases, activation, _ = weights
     b1_EF, b2_ED, b3_EF = (none, none, none) if biases is None else biases
     outs = [
-        F.linear(activation(F.linear(x, w1, b1), F.linear(x, w3, b3)), w2, b2)
+        linear(activation(linear(x, w1, b1), linear(x, w3, b3)), w2, b2)
         for x, w1, w2, w3, b1, b2, b3, start, end in zip(
             x_RD.tensor_split(ends[:-1]), w1_EFD, w2_EDF, w3_EFD, b1_EF, b2_ED, b3_EF, starts, ends, strict=True
         )
