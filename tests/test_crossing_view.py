@@ -42,8 +42,8 @@ def test_the_map_has_a_square_a_point_and_hatches_what_is_not_sure():
     drawn = crossover_map([SURE, UNSURE], "tiny")
     assert len(drawn.axes) == 4, "two top-k times two skews"
     squares = [patch for axes in drawn.axes for patch in axes.patches]
-    assert [bool(square.get_hatch()) for square in squares] == [False, True]
-    assert [text.get_text() for axes in drawn.axes for text in axes.texts] == ["1.50", "1.02"]
+    assert [bool(square.get_hatch()) for square in squares] == [True, False]
+    assert [text.get_text() for axes in drawn.axes for text in axes.texts] == ["1.02", "1.50"]
     with Image.open(io.BytesIO(theme.png(drawn))) as image:
         assert image.width == 2 * theme.WIDTH
 
