@@ -52,5 +52,6 @@ def test_the_stored_sweep_has_every_point_with_its_repeats():
     table = load(data.results("sweep_cpu"))
     found = winners(table)
     assert len(found) == len({won.point for won in found}) == 90
+    assert len(winners(table, "forward+backward")) == 24
     assert all(len(row.repeats) == table.environment["rounds"] for row in table.rows)
     assert table.values("device") == [table.environment["device"]]

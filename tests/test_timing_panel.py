@@ -45,7 +45,7 @@ def test_a_run_times_backends_in_its_own_process_and_cancel_kills_it(panel):
     panel.wait()
     assert panel.progress.value == 2
     assert panel.state.value.startswith("2 rounds on ")
-    assert "fused: backend=" in panel.state.value
+    assert "not run: batched: backend=" in panel.state.value
     assert panel.results().text().splitlines()[1].split()[0] == "dense"
     assert panel.csv().splitlines()[1].startswith("dense,")
     shown = panel.bar_image.value
