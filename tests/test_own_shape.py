@@ -13,6 +13,13 @@ def test_sizes_by_hand():
     assert TINY.num_bytes == TINY.weight_bytes + 32 * (2 * 32 + 3 * 16) * 4
 
 
+def test_counts_are_those_of_the_inputs():
+    counts = [0] * 4
+    for expert in TINY.inputs().expert_ids_TK.flatten().tolist():
+        counts[expert] += 1
+    assert TINY.counts() == counts
+
+
 def test_rounds_come_one_by_one_and_are_merged():
     rounds = [one_round(TINY, block_ms=0.0) for _ in range(3)]
     rows = merged([found for found, _ in rounds])

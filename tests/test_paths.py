@@ -10,7 +10,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(scope="module")
 def layer():
-    return preset_layer("10B_2B/64", 16)
+    return preset_layer("10B_2B/32", 16)
 
 
 def test_every_path_gives_the_layers_output_and_its_phases(layer):

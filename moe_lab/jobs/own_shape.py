@@ -10,7 +10,7 @@ from functools import lru_cache
 import torch
 
 from moe_lab.config import MoEConfig, check_choice, check_int, check_threshold
-from moe_lab.jobs.bench_inputs import Inputs, make_inputs
+from moe_lab.jobs.bench_inputs import Inputs, draw_routing, make_inputs
 from moe_lab.jobs.bench_run import Settings, fields_of, timed
 from moe_lab.jobs.contests import Contest, hold
 from moe_lab.jobs.sweep import CANDIDATES
@@ -67,6 +67,11 @@ class Shape:
         """Weights, and rows in, between and out."""
         rows = self.tokens * self.top_k * (2 * self.dim + 3 * self.hidden_dim)
         return self.weight_bytes + rows * getattr(torch, self.dtype).itemsize
+
+    def counts(self) -> list[int]:
+        """Rows of each expert, as in `inputs`."""
+        _, ids_TK = draw_routing(self.config(), self.tokens, torch.Generator().manual_seed(0), self.skew)
+        return torch.bincount(ids_TK.flatten(), minlength=self.num_experts).tolist()
 
     def inputs(self) -> Inputs:
         """Synthetic, seeded, as in every benchmark."""

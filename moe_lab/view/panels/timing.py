@@ -9,7 +9,6 @@ from typing import Any
 import ipywidgets as widgets
 import torch
 
-from moe_lab.jobs.bench_inputs import imbalance
 from moe_lab.jobs.own_shape import Shape, merged, one_round
 from moe_lab.parallel.ranks import RankError, RankPool
 from moe_lab.study.measurements import DIRECTIONS, Measurement
@@ -73,9 +72,7 @@ class TimingPanel(Panel):
 
     def _update(self) -> None:
         shape = self.shape()
-        inputs = shape.inputs()
-        self.counts = sorted(torch.bincount(inputs.expert_ids_TK.flatten(), minlength=shape.num_experts).tolist())[::-1]
-        self.max_over_mean = imbalance(inputs)
+        self.counts = sorted(shape.counts(), reverse=True)
         self.load_image.value = theme.png(self._loads(shape))
         self._show(shape)
 
@@ -97,9 +94,10 @@ class TimingPanel(Panel):
         with theme.style():
             drawn = theme.figure(*theme.PICTURE)
             axes = inset(drawn, left=44, right=10, bottom=34, top=40)
-            heading(axes, "Rows by expert, sorted", f"max/mean {self.max_over_mean:.1f}; line: the mean")
+            mean = shape.tokens * shape.top_k / shape.num_experts
+            heading(axes, "Rows by expert, sorted", f"max/mean {self.counts[0] / mean:.1f}; line: the mean")
             axes.bar(range(len(self.counts)), self.counts, 1.0, color=LESS, lw=0)
-            axes.axhline(shape.tokens * shape.top_k / shape.num_experts, color=MUTED, lw=0.8)
+            axes.axhline(mean, color=MUTED, lw=0.8)
             axes.set(xlabel="experts", ylabel="rows")
         return drawn
 
