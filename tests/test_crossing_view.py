@@ -49,7 +49,7 @@ def test_the_map_has_a_square_a_point_and_hatches_what_is_not_sure():
 
 
 def test_the_stored_sweep_has_every_point_with_its_repeats():
-    table = load(data.results("sweep_cpu"))
+    table = load(data.result("sweep_cpu.json"))
     found = winners(table)
     assert len(found) == len({won.point for won in found}) == 90
     assert len(winners(table, "forward+backward")) == 24
