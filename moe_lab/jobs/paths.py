@@ -39,7 +39,7 @@ def path_arms(
     """
     with torch.no_grad():
         expected = moe(x_TD)
-    arms = {}
+    arms: dict[str, Callable[[], Tensor]] = {}
     for name, changes in paths.items():
         copy = MoE(moe.config.replace(**changes)).to(x_TD.dtype).eval()
         copy.load_state_dict(moe.state_dict())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -96,7 +97,7 @@ def _cells(axes: Axes, cells: Sequence[Winner], found: Sequence[Winner]) -> None
     experts = sorted({won.point.num_experts for won in found})
     for won in cells:
         x, y = tokens.index(won.point.tokens), experts.index(won.point.num_experts)
-        hatch = {} if won.sure else {"hatch": "////", "ec": MUTED}
+        hatch: dict[str, Any] = {} if won.sure else {"hatch": "////", "ec": MUTED}
         axes.add_patch(Rectangle((x - 0.47, y - 0.46), 0.94, 0.92, fc=COLOURS[won.arm], lw=0, **hatch))
         box = {"fc": COLOURS[won.arm], "lw": 0, "pad": 1.0}
         axes.text(x, y, f"{won.lead:.2f}", ha="center", va="center", size=7, color=INK, bbox=box)
