@@ -24,6 +24,7 @@ COLOURS = {
     "fused": "#8fd3bd",
     "buffered": "#f3e38a",
     "batched": "#c9ced6",
+    "blocked": "#b7a1cf",
 }
 
 

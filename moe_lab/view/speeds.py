@@ -63,7 +63,7 @@ def breakdown_bars(found: Breakdowns, what: str) -> Figure:
     phases = phases_of(found)
     with theme.style():
         drawn = theme.figure(WIDTH, 120 + 34 * len(found))
-        axes = inset(drawn, left=84, right=20, bottom=40, top=72)
+        axes = inset(drawn, left=116, right=20, bottom=40, top=72)
         heading(axes, "Forward, phase by phase", what)
         for y, of in enumerate(found.values()):
             start = 0.0
@@ -77,7 +77,7 @@ def breakdown_bars(found: Breakdowns, what: str) -> Figure:
         axes.margins(x=0.08)
         axes.tick_params(axis="y", length=0)
         keys = [Patch(color=PHASE_COLOURS.get(phase, CHANCE), label=phase) for phase in phases]
-        drawn.legend(handles=keys, loc="upper right", ncols=5, fontsize=7, columnspacing=1, handlelength=1.4)
+        drawn.legend(handles=keys, loc="upper right", ncols=len(keys), fontsize=7, columnspacing=1, handlelength=1.4)
     return drawn
 
 
@@ -129,8 +129,8 @@ def times_bound(groups: Mapping[str, Sequence[Measurement]], what: str) -> Figur
                 _group(axes, x, [row for row in rows if row.direction == direction], arms)
             axes.axhline(1, color=INK, lw=0.8, ls="--")
             axes.set_yscale("log", base=2)
-            axes.set_yticks([1, 2, 4, 8, 16], ["1", "2", "4", "8", "16"])
-            axes.set_ylim(0.9, 24)
+            axes.set_yticks([1, 2, 4, 8, 16, 32, 64], ["1", "2", "4", "8", "16", "32", "64"])
+            axes.set_ylim(0.9, 110)
             axes.set_xticks(range(len(groups)), list(groups))
             axes.set_ylabel("times two dense products" if i == 0 else "")
             axes.tick_params(axis="x", length=0)

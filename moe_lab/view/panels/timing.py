@@ -93,7 +93,7 @@ class TimingPanel(Panel):
     def _loads(self, shape: Shape) -> Any:
         with theme.style():
             drawn = theme.figure(*theme.PICTURE)
-            axes = inset(drawn, left=44, right=10, bottom=34, top=40)
+            axes = inset(drawn, left=50, right=10, bottom=40, top=40)
             mean = shape.tokens * shape.top_k / shape.num_experts
             heading(axes, "Rows by expert, sorted", f"max/mean {self.counts[0] / mean:.1f}; line: the mean")
             axes.bar(range(len(self.counts)), self.counts, 1.0, color=LESS, lw=0)
@@ -104,7 +104,7 @@ class TimingPanel(Panel):
     def _bars(self, shape: Shape) -> Any:
         with theme.style():
             drawn = theme.figure(*theme.PICTURE)
-            axes = inset(drawn, left=58, right=10, bottom=34, top=40)
+            axes = inset(drawn, left=58, right=10, bottom=40, top=40)
             heading(axes, "Backends", "dashed: the dense bound" if self._timed == shape else "press run")
             if self._timed == shape:
                 arm_bars(axes, self.rows)
@@ -147,7 +147,7 @@ class TimingPanel(Panel):
 
     def _work(self, shape: Shape) -> None:
         try:
-            self.state.value = escape(self._in_process(shape))
+            self.state.value = escape(self._in_process(shape), quote=False)
         except RankError as error:
             self.state.value = escape("cancelled" if self._stop.is_set() else str(error).splitlines()[0])
         finally:
