@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moe_lab.kernels import workspace
+
 
 def buffered_experts(
     x_TD: Tensor, gates_TK: Tensor, order_R: Tensor, ends_E: Tensor, w1_EFD: Tensor, w2_EDF: Tensor, w3_EFD: Tensor
@@ -139,7 +141,7 @@ def _positions(order_R: Tensor, gates_TK: Tensor) -> Tensor:
 
 
 def _rows_and_zeros(like: Tensor, num_rows: int) -> Tensor:
-    rows = like.new_empty(num_rows + 1, like.shape[1])
+    rows = workspace.take(like, num_rows + 1, like.shape[1])
     rows[num_rows] = 0
     return rows
 
