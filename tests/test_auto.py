@@ -11,17 +11,21 @@ LARGE = SMALL._replace(rows=400.0)
 
 @pytest.fixture
 def table(monkeypatch):
-    known = [
-        (SMALL, {"padded": 1.0, "loop": 2.0}),
-        (LARGE, {"batched": 0.5, "buffered": 1.0, "padded": 3.0, "loop": 2.0}),
-    ]
+    small = {"batched": 4.0, "buffered": 3.0, "padded": 1.0, "loop": 2.0}
+    large = {"batched": 0.5, "buffered": 1.0, "padded": 5.0, "loop": 2.0}
+    known = [(SMALL, small), (LARGE, large)]
     monkeypatch.setattr(auto, "table", lambda: known)
 
 
-def test_the_nearest_measured_shape_decides(table):
-    choice = auto.choose(SMALL._replace(rows=9.0), plain=True)
-    assert str(choice) == "padded: nearest measured shape: padded 1 ms, loop 2 ms"
-    assert auto.choose(SMALL._replace(rows=100.0), plain=True).backend == "buffered"
+def test_the_nearest_measured_shapes_decide(table):
+    """Half way between 4 and 400 rows: square roots of 4 * 1, 3 * 2, 2 * 4 and 1 * 10 times the fastest."""
+    choice = auto.choose(SMALL._replace(rows=40.0), plain=True)
+    assert str(choice) == (
+        "buffered: times by the nearest measured shapes: batched 2.00, buffered 2.45, loop 2.83, padded 3.16; "
+        "not batched: counts are not known on the host"
+    )
+    assert auto.choose(SMALL._replace(rows=5.0), plain=True).backend == "padded"
+    assert auto.choose(SMALL._replace(rows=200.0), plain=True).backend == "buffered"
 
 
 def test_faster_ones_that_are_not_legal_are_named_with_their_reason(table):
@@ -59,7 +63,7 @@ def test_auto_runs_and_says_why_once(table, layer_config):
     with fastpaths.record() as record, torch.no_grad():
         moe(torch.randn(2000, 16))
     (reason,) = record.entries["experts_backend"].reasons
-    assert reason.startswith("buffered: nearest measured shape: batched 0.5 ms")
+    assert reason.startswith("buffered: times by the nearest measured shapes: batched 1.")
     with fastpaths.record() as record:
         moe(torch.randn(3, 16))  # with a gradient, which the table does not hold
     ((reason, count),) = record.entries["experts_backend"].reasons.items()

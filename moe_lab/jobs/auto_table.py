@@ -1,6 +1,7 @@
 """Make the table that `backend="auto"` reads, and say what choosing by it costs on shapes that it does not hold.
 
     python -m moe_lab.jobs.auto_table --device cpu
+    python -m moe_lab.jobs.auto_table --device cpu --check     # only the regret of the table in use
 
 Every legal backend runs the routed part of a layer (dispatch, experts, combine) on seeded, skewed routing, all in turn;
 `batched` on the same number of rows spread evenly, without gradients. Regret is how much longer the chosen backend
@@ -97,20 +98,25 @@ def regrets(measured: list[tuple[Case, dict[str, float]]]) -> Iterator[tuple[Cas
         yield case, choice, legal[choice] / min(legal.values()) - 1
 
 
+def _write(path: Path, device: str, name: str, rounds: int) -> None:
+    stored: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []
+    rows = [row for row in stored if row["case"]["device"] != device]
+    rows += [{"case": c._asdict(), "ms": measure(c, rounds), "on": name} for c in cases(device, GRID[device])]
+    path.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
+    auto.table.cache_clear()
+
+
 def main(argv: list[str] | None = None) -> int:
     """Measure, write the device's part of the table, and print the regret; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m moe_lab.jobs.auto_table", description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=list(GRID), default="cpu")
     parser.add_argument("--rounds", type=int, default=5, help="rounds that every backend runs in turn (default 5)")
     parser.add_argument("--out", type=Path, default=auto.TABLE, help="the table to change (default: the one in use)")
+    parser.add_argument("--check", action="store_true", help="change nothing: only measure the held-out shapes")
     args = parser.parse_args(argv)
-    stored: list[dict[str, Any]] = json.loads(args.out.read_text()) if args.out.exists() else []
-    rows = [row for row in stored if row["case"]["device"] != args.device]
     environment = timing.environment(torch.device(args.device))
-    for case in cases(args.device, GRID[args.device]):
-        rows.append({"case": case._asdict(), "ms": measure(case, args.rounds), "on": environment["device"]})
-    args.out.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
-    auto.table.cache_clear()
+    if not args.check:
+        _write(args.out, args.device, environment["device"], args.rounds)
     found = list(regrets([(case, measure(case, args.rounds)) for case in cases(args.device, HELD_OUT[args.device])]))
     print("  ".join(f"{name} {fact}" for name, fact in environment.items()))
     for case, choice, regret in found:

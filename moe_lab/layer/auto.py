@@ -1,4 +1,4 @@
-"""What `backend="auto"` runs: the fastest legal backend at the nearest measured shape, and why.
+"""What `backend="auto"` runs: the fastest legal backend by the two nearest measured shapes, and why.
 
 The table is `auto_table.json`, made by `python -m moe_lab.jobs.auto_table`. For a device kind and dtype that it does
 not hold, backends are tried in the order of `UNMEASURED`.
@@ -41,7 +41,7 @@ class Case(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """A backend; where it was chosen, milliseconds at the nearest measured shape and why faster ones are not legal."""
+    """A backend; where it was chosen, times over the fastest one's near here and why faster ones are not legal."""
 
     backend: str
     times: Mapping[str, float] | None = None
@@ -50,11 +50,11 @@ class Choice(NamedTuple):
     def __str__(self) -> str:
         if self.times is None:
             return f"{self.backend}: asked for by name"
-        order = sorted(self.times, key=self.times.__getitem__) or UNMEASURED
-        parts = [f"{name} {self.times[name]:.3g} ms" if self.times else name for name in order]
-        why = "nearest measured shape" if self.times else "not measured for this device and dtype, in order"
+        near = ", ".join(f"{name} {self.times[name]:.2f}" for name in sorted(self.times, key=self.times.__getitem__))
+        order = f"not measured for this device and dtype, in order: {', '.join(UNMEASURED)}"
+        why = f"times by the nearest measured shapes: {near}" if near else order
         return "; ".join(
-            [f"{self.backend}: {why}: {', '.join(parts)}", *(f"not {n}: {r}" for n, r in self.refused.items())]
+            [f"{self.backend}: {why}", *(f"not {name}: {reason}" for name, reason in self.refused.items())]
         )
 
     def note(self) -> None:
@@ -75,8 +75,7 @@ def choose(case: Case, counts_E: Tensor | None = None, *, plain: bool) -> Choice
 
     `batched` is considered only with the experts' counts given.
     """
-    near = [(case.distance(known), times) for known, times in table() if known[:3] == case[:3]]
-    times = min(near, key=lambda pair: pair[0])[1] if near else {}
+    times = relative_times(case)
     refused: dict[str, str] = {}
     for backend in sorted(times, key=times.__getitem__) or UNMEASURED:
         reason = _refuse(backend, case, counts_E, plain)
@@ -84,6 +83,20 @@ def choose(case: Case, counts_E: Tensor | None = None, *, plain: bool) -> Choice
             return Choice(backend, times, refused)
         refused[backend] = reason
     return Choice("loop", times, refused)
+
+
+def relative_times(case: Case) -> dict[str, float]:
+    """Each backend's time over the fastest one's: a geometric mean of the two nearest cases, by inverse distance.
+
+    Two, because of 1 to 8 they had the least regret where each case of the table was chosen by the others.
+    """
+    near = sorted(((case.distance(known), ms) for known, ms in table() if known[:3] == case[:3]), key=lambda n: n[0])[
+        :2
+    ]
+    weights = [1 / (distance + 0.1) for distance, _ in near]
+    names = set.intersection(*(set(ms) for _, ms in near)) if near else set()
+    logs = {n: sum(w * math.log(ms[n] / min(ms.values())) for w, (_, ms) in zip(weights, near)) for n in names}
+    return {name: math.exp(log / sum(weights)) for name, log in logs.items()}
 
 
 def _refuse(backend: str, case: Case, counts_E: Tensor | None, plain: bool) -> str | None:
