@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from moe_lab.config import MoEConfig
-from moe_lab.jobs.bench import make_inputs
-from moe_lab.jobs.peers import Arm, Inputs, ours
+from moe_lab.jobs.bench_inputs import Inputs, make_inputs
+from moe_lab.jobs.peers import Arm, ours
 from moe_lab.layer import auto
 from moe_lab.layer.auto import Case
 from moe_lab.study import timing
@@ -67,7 +67,9 @@ def measure(case: Case, rounds: int) -> dict[str, float]:
     if not case.grad and tokens * TOP_K % case.num_experts == 0:
         arms["batched"] = ours(even, "batched"), even
     runs = {name: _run(arm, given, case.grad) for name, (arm, given) in arms.items()}
-    times = timing.interleave(runs, device, rounds=rounds, block_ms=10)
+    times = {
+        name: timing.medians(read) for name, read in timing.interleave(runs, device, rounds=rounds, block_ms=10).items()
+    }
     return {name: float(f"{statistics.median(read):.4g}") for name, read in times.items()}
 
 

@@ -83,7 +83,7 @@ class GroupedExperts(nn.Module):
         choice.note()
         return routed(choice.backend, x_TD, routing, self._weights(x_TD))
 
-    def choose(self, x: Tensor, num_rows: int, counts_E: Tensor) -> Choice:
+    def choose(self, x: Tensor, num_rows: int, counts_E: Tensor | None = None) -> Choice:
         """The backend for `num_rows` rows made of x: the one asked for, or what "auto" comes to and why."""
         if self.backend != "auto":
             return Choice(self.backend)
