@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 import torch
 
 NAMES = (
+    "auto_backend",
     "batched_no_grad_experts",
     "buffered_dispatch_combine",
     "cached_w13_hit",
@@ -31,7 +32,6 @@ NAMES = (
     "equal_a2a_padding_dispatch",
     "equal_count_permute",
     "equal_count_unpermute",
-    "experts_backend",
     "force_load_balance_dispatch",
     "fused_dispatch_combine",
     "host_sync",

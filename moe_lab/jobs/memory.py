@@ -1,0 +1,154 @@
+"""The bytes that a rank really holds in a training step, counted tensor by tensor, by the planner's terms."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.profiler import ProfilerActivity, profile
+
+from moe_lab.models.lm import LMConfig, MoELM
+from moe_lab.parallel.mesh import MeshExchange
+from moe_lab.parallel.sharding import make_mesh, shard_moe
+
+
+class Held(NamedTuple):
+    """Bytes of one rank by term, the most that was allocated at once, and `rows` of its experts in each layer."""
+
+    terms: dict[str, int]
+    peak: int
+    rows: tuple[int, ...]
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The part of a tensor that lies here."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def distinct_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the storages under some tensors, each counted once."""
+    storages = {(s := local(t).untyped_storage())._cdata: s for t in tensors}
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+class Watch:
+    """What autograd saves in a forward, and the whole weights that modules see while they run."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.saved: list[Tensor] = []
+        self.own = {local(p.detach()).untyped_storage()._cdata for p in model.parameters()}
+        self.weights: dict[int, torch.UntypedStorage] = {}
+        self.gathered = 0
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Around a forward."""
+        hooks = [module.register_forward_pre_hook(self._see) for module in self.model.modules()]
+        try:
+            with torch.autograd.graph.saved_tensors_hooks(self._keep, lambda tensor: tensor):
+                yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def activations(self) -> int:
+        """Bytes saved that are no weights; weights gathered for a block are freed by now, and count nothing."""
+        weights = self.own | self.weights.keys()
+        return distinct_bytes(t for t in self.saved if local(t).untyped_storage()._cdata not in weights)
+
+    def _keep(self, tensor: Tensor) -> Tensor:
+        self.saved.append(tensor.detach())
+        return tensor
+
+    def _see(self, module: nn.Module, _: Any) -> None:
+        for weight in module.parameters():
+            storage = local(weight.detach()).untyped_storage()
+            if storage._cdata not in self.own:
+                self.weights[storage._cdata] = storage
+        self.gathered = max(self.gathered, sum(storage.nbytes() for storage in self.weights.values()))
+
+
+def loss_of(model: nn.Module, bytes_BL: Tensor) -> Tensor:
+    """Mean cross-entropy of the next bytes."""
+    return F.cross_entropy(model(bytes_BL[:, :-1]).flatten(0, 1), bytes_BL[:, 1:].flatten())
+
+
+def measure(config: LMConfig, text_BL: Tensor, ep: int | None) -> Held:
+    """Two steps of this rank on its share of `text_BL` (B, max_length + 1); ep None is one process, without a mesh.
+
+    The terms are of the second step; the peak is of all that it allocates, on top of weights and moments.
+    """
+    torch.manual_seed(0)
+    model = MoELM(config).train()
+    if ep is not None:
+        shard_moe(model, make_mesh(ep))
+        text_BL = text_BL.chunk(dist.get_world_size())[dist.get_rank()]
+    text_BL = text_BL.clone()  # a view keeps all of it
+    optimizer = torch.optim.AdamW(model.parameters(), foreach=False)
+    loss_of(model, text_BL).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    own = distinct_bytes(model.parameters())
+    moments = distinct_bytes(v for state in optimizer.state.values() for v in state.values())
+    rows: list[int] = []
+    received: list[int] = []
+    watch = Watch(model)
+    with watch.watching(), _receiving(model, rows, received):
+        loss = loss_of(model, text_BL)
+    activations = watch.activations()
+    watch.saved.clear()
+    loss.backward()
+    gradients = distinct_bytes(p.grad for p in model.parameters() if p.grad is not None)
+    optimizer.zero_grad()
+    transient = _peak(model, text_BL)
+    terms = {
+        "parameters": own,
+        "gradients": gradients,
+        "optimizer": moments,
+        "activations": activations,
+        "receive": max(received[::2], default=0),  # a layer dispatches, then combines
+        "gathered": watch.gathered,
+    }
+    return Held(terms, own + moments + transient, tuple(rows))
+
+
+@contextmanager
+def _receiving(model: MoELM, rows: list[int], received: list[int]) -> Iterator[None]:
+    """Rows of each layer's experts, and bytes of the buffers in which they arrive from other ranks."""
+    hooks = [
+        moe.experts.register_forward_pre_hook(lambda experts, args: rows.append(len(args[0])))
+        for moe in model.moe_layers
+    ]
+    all_to_all = MeshExchange.all_to_all
+
+    def counted(self: MeshExchange, rows_SD: Tensor, send: Any, receive: Any) -> Any:
+        into = len(rows_SD) if receive is None else sum(receive)
+        received.append(into * rows_SD.shape[1] * rows_SD.element_size())
+        return all_to_all(self, rows_SD, send, receive)
+
+    MeshExchange.all_to_all = counted  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        MeshExchange.all_to_all = all_to_all  # type: ignore[method-assign]
+        for hook in hooks:
+            hook.remove()
+
+
+def _peak(model: MoELM, text_BL: Tensor) -> int:
+    """The most bytes that a forward and backward hold at once, as PyTorch's allocator saw them."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        loss_of(model, text_BL).backward()
+    events = sorted(
+        (event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"),
+        key=lambda event: event.start_ns(),
+    )
+    return max(accumulate(event.nbytes() for event in events))

@@ -1,0 +1,160 @@
+"""What a training step of the language model needs in memory on the fullest rank, by formula, before it runs.
+
+T tokens a rank, R = T * K * load rows on the rank of a layer, N = dp * ep ranks; float32, 4 bytes a number.
+
+| term        | bytes                                                                                        |
+|-------------|----------------------------------------------------------------------------------------------|
+| parameters  | 4 * the sum over weights of the largest shard: ceil(cut dimension / ranks) * the others      |
+| gradients   | as parameters                                                                                |
+| optimizer   | 2 * parameters (the moments of AdamW), and 4 a weight for its step                           |
+| activations | what autograd keeps until backward: see `activations`                                        |
+| receive     | 4 * R * D, the rows of one layer as they arrive from the other ranks; none for ep = 1        |
+| gathered    | whole weights outside the blocks, and of one block but its gate: none for N = 1              |
+| logits      | 4 * 2 * T * 256: gradients of the logits and log-probabilities, where backward begins        |
+
+The most at once is in backward: parameters, optimizer, weights outside blocks, and the largest of its stages. It
+begins with all activations and the logits' gradients. With i of L blocks done, (L - i) / L of the activations are
+left and i / L of the gradients are there, beside one block's weights, the block before's whole gradients, and rows.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from moe_lab.config import check_int
+from moe_lab.models.lm import VOCAB, LMConfig, MoELM
+from moe_lab.parallel.sharding import check_layout, expert_dim
+from moe_lab.study.ranks import rank_load
+from moe_lab.study.trace import RoutingTrace
+
+FLOAT, INT = 4, 8
+
+
+@dataclass(frozen=True)
+class Layout:
+    """`ranks` ranks as (dp, ep). `ValueError` unless `ep` divides them."""
+
+    ranks: int
+    ep: int = 1
+
+    def __post_init__(self) -> None:
+        check_int("ranks", self.ranks, 1)
+        check_int("ep", self.ep, 1)
+        if self.ranks % self.ep:
+            raise ValueError(f"ep={self.ep} must divide the {self.ranks} ranks")
+
+    @property
+    def dp(self) -> int:
+        """Ranks that hold parts of the same experts."""
+        return self.ranks // self.ep
+
+
+class Footprint(NamedTuple):
+    """Bytes of the fullest rank, by term."""
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    activations: int
+    receive: int
+    gathered: int
+    logits: int
+    peak: int
+
+
+def plan(config: LMConfig, layout: Layout, tokens: int, load: float = 1.0) -> Footprint:
+    """The footprint of one step with `tokens` tokens a rank, where the fullest rank has `load` times the mean rows.
+
+    For float32, backend "loop", dropless routing, no recompute. `ValueError` for what does not divide, and for
+    settings that the formulas do not cover.
+    """
+    check_int("tokens", tokens, 1)
+    if not 1 <= load <= layout.ep:
+        raise ValueError(f"load={load!r} must be from 1, the mean, to ep={layout.ep}, all rows on one rank")
+    moe = config.moe
+    if moe.backend != "loop" or moe.mlp_bias or moe.shared_expert_gate or moe.score_before_experts:
+        raise ValueError("planned are backend='loop', scores after experts, no biases and no gate of shared experts")
+    if moe.capacity_factor is not None or tokens % config.max_length:
+        raise ValueError(f"tokens={tokens} must be whole sequences of {config.max_length}, and nothing dropped")
+    check_layout(moe, layout.dp, layout.ep)
+    shapes = weights(config)
+    parameters = FLOAT * sum(shard(config, layout, name, shape) for name, shape in shapes.items())
+    optimizer = 2 * parameters + FLOAT * len(shapes)
+    rows = math.ceil(tokens * moe.top_k * load)
+    kept = activations(config, tokens, rows)
+    receive = FLOAT * rows * moe.dim if layout.ep > 1 else 0
+    outside, block = gathered(shapes, layout)
+    logits = FLOAT * 2 * tokens * VOCAB
+    layers = config.num_layers
+    stages = [
+        (kept * (layers - i) + parameters * i) // layers + block * (1 + (i > 0)) + receive for i in range(layers + 1)
+    ]
+    return Footprint(
+        parameters=parameters,
+        gradients=parameters,
+        optimizer=optimizer,
+        activations=kept,
+        receive=receive,
+        gathered=outside + block,
+        logits=logits,
+        peak=parameters + optimizer + outside + max(kept + logits, *stages),
+    )
+
+
+def weights(config: LMConfig) -> dict[str, torch.Size]:
+    """Shapes of all weights by name; nothing is allocated."""
+    with torch.device("meta"):
+        return {name: weight.shape for name, weight in MoELM(config).named_parameters()}
+
+
+def shard(config: LMConfig, layout: Layout, name: str, shape: torch.Size) -> int:
+    """Numbers of one weight on the rank that holds the largest part."""
+    if ".experts." not in name:
+        return math.ceil(shape[0] / layout.ranks) * shape[1:].numel()
+    dim = expert_dim(config.moe, name.rsplit(".", 1)[1], layout.dp, layout.ep)
+    local = [shape[0] // layout.ep, *shape[1:]]
+    local[dim] = math.ceil(local[dim] / layout.dp)
+    return math.prod(local)
+
+
+def gathered(shapes: dict[str, torch.Size], layout: Layout) -> tuple[int, int]:
+    """Bytes of whole weights at hand while a block runs: those outside blocks, and the block's.
+
+    Of experts only this rank's; the gate is gathered, used and freed before them.
+    """
+    if layout.ranks == 1:
+        return 0, 0
+    outside = sum(shape.numel() for name, shape in shapes.items() if not name.startswith("blocks."))
+    block = {n: s.numel() for n, s in shapes.items() if n.startswith("blocks.0.") and ".router." not in n}
+    mine = sum(size // layout.ep if ".experts." in name else size for name, size in block.items())
+    return FLOAT * outside, FLOAT * mine
+
+
+def activations(config: LMConfig, tokens: int, rows: int) -> int:
+    """Bytes kept from forward to backward.
+
+    A block keeps, in floats: of each norm its input, its normalised rows, its output and one scale a token; of
+    attention q, k, v, the rotated q and k, the output twice and 3 scales a head; scores T * E; expert inputs R * D
+    and four times R * F; the T * K outputs; four times the shared experts' width. And 3 integers an assignment.
+    The model keeps its last norm, log-probabilities, rotary table, input bytes and targets, and one number of the loss.
+    """
+    moe = config.moe
+    norm = tokens * (3 * moe.dim + 1)
+    attention = tokens * (7 * moe.dim + 3 * config.num_heads)
+    router = tokens * (moe.num_experts + moe.top_k)
+    experts = rows * (moe.dim + 4 * moe.hidden_dim) + tokens * moe.top_k * moe.dim
+    shared = 4 * tokens * moe.num_shared_experts * moe.hidden_dim
+    block = FLOAT * (2 * norm + attention + router + experts + shared) + 3 * INT * tokens * moe.top_k
+    rotary = config.max_length * moe.dim // config.num_heads
+    ends = FLOAT * (norm + tokens * VOCAB + rotary + 1) + INT * (2 * tokens + tokens // config.max_length)
+    return config.num_layers * block + ends
+
+
+def trace_load(trace: RoutingTrace, layout: Layout, tokens: int) -> float:
+    """Rows of the fullest rank over the mean at the p99.9 of the trace's forwards and layers."""
+    found = rank_load(trace, layout.ep, tokens)
+    return found.rows_p999 / found.rows_mean

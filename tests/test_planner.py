@@ -1,0 +1,77 @@
+import dataclasses
+
+import pytest
+
+from moe_lab import data
+from moe_lab.models.lm import SMALL
+from moe_lab.study.planner import Footprint, Layout, plan, shard, trace_load, weights
+from moe_lab.study.ranks import rank_load
+from tests.test_lm import TINY
+
+WIDE = dataclasses.replace(TINY, moe=TINY.moe.replace(num_experts=64, hidden_dim=64))
+
+
+def test_tiny_by_hand():
+    """D 16, F 8, E 4, K 2, 2 heads, 2 layers, 32 positions, one shared expert, on (dp 1, ep 2), 64 tokens a rank."""
+    block = 48 * 16 + 16 * 16 + 4 * 16 + 3 * 8 * 16 + 2 * 16  # attention, gate, shared expert, norms
+    experts = 4 * 3 * 8 * 16
+    ends = 256 * 16 * 2 + 16
+    parameters = 4 * (2 * (block + experts) + ends) // 2
+    rows = 160  # 64 * 2 * 1.25
+    kept = 4 * (2 * 64 * 49 + 64 * (112 + 6) + 64 * 6 + rows * 48 + 128 * 16 + 4 * 64 * 8) + 24 * 128
+    kept_at_ends = 4 * (64 * 49 + 64 * 256 + 32 * 8 + 1) + 8 * (128 + 2)
+    assert plan(TINY, Layout(2, 2), 64, 1.25) == Footprint(
+        parameters=parameters,
+        gradients=parameters,
+        optimizer=2 * parameters + 4 * 25,
+        activations=2 * kept + kept_at_ends,
+        receive=4 * rows * 16,
+        gathered=4 * (block - 4 * 16 + experts // 2 + ends),
+        logits=4 * 2 * 64 * 256,
+        peak=3 * parameters + 4 * 25 + 2 * kept + kept_at_ends + 4 * ends + 4 * 2 * 64 * 256,
+    )
+
+
+def test_one_process_gathers_and_receives_nothing():
+    planned = plan(SMALL, Layout(1), 2048)
+    assert (planned.parameters, planned.receive, planned.gathered) == (4 * 11_488_512, 0, 0)
+
+
+def test_the_peak_is_where_backward_begins_or_where_gradients_are_there():
+    few = plan(TINY, Layout(2), 32)  # logits are most
+    assert few.peak == few.parameters + few.optimizer + few.activations + 4 * (2 * 256 * 16 + 16) + few.logits
+    wide = plan(WIDE, Layout(2), 32)  # gradients outweigh activations
+    block = 4 * (48 * 16 + 16 * 16 + 3 * 64 * 16 + 2 * 16 + 64 * 3 * 64 * 16)
+    outside = 4 * (2 * 256 * 16 + 16)
+    assert wide.peak == wide.parameters + wide.optimizer + outside + wide.gradients + 2 * block
+
+
+def test_a_shard_is_the_largest_part():
+    shapes = weights(TINY)
+    assert shard(TINY, Layout(8, 2), "blocks.0.moe.experts.w1_EFD", shapes["blocks.0.moe.experts.w1_EFD"]) == 2 * 2 * 16
+    assert shard(TINY, Layout(3), "blocks.0.moe.experts.w1_EFD", shapes["blocks.0.moe.experts.w1_EFD"]) == 2 * 8 * 16
+    assert shard(TINY, Layout(3), "norm.weight", shapes["norm.weight"]) == 6
+
+
+def test_load_is_the_tail_of_a_trace():
+    trace = data.open("balanced")
+    found = rank_load(trace, 4, 256)
+    load = trace_load(trace, Layout(8, 4), 256)
+    assert load == found.rows_p999 / (256 * trace.top_k)
+    assert 1 < load < 4
+    assert trace_load(trace, Layout(4), 256) == 1
+
+
+@pytest.mark.parametrize(
+    ("layout", "tokens", "load", "message"),
+    [((3, 2), 32, 1, "ep=2 must divide the 3 ranks"), ((2, 2), 32, 2.5, "load=2.5"), ((2, 2), 33, 1, "tokens=33")],
+)
+def test_what_cannot_be_planned_is_named(layout, tokens, load, message):
+    with pytest.raises(ValueError, match=message):
+        plan(TINY, Layout(*layout), tokens, load)
+
+
+def test_only_what_the_formulas_cover_is_planned():
+    grouped = dataclasses.replace(TINY, moe=TINY.moe.replace(backend="grouped"))
+    with pytest.raises(ValueError, match="backend='loop'"):
+        plan(grouped, Layout(1), 32)
