@@ -40,6 +40,16 @@ def open(name: str) -> RoutingTrace:
     return RoutingTrace.load(path(name))
 
 
+def result(name: str) -> Path:
+    """The file of a stored measurement: in `docs/results` of a checkout, or its copy inside an installed package."""
+    folders = (root().parent / "docs" / "results", root() / "results")
+    folder = next((folder for folder in folders if folder.is_dir()), folders[-1])
+    if not (folder / name).is_file():
+        known = ", ".join(sorted(path.name for path in folder.glob("*")))
+        raise ValueError(f"result {name!r} is not shipped: choose one of {known}")
+    return folder / name
+
+
 def report() -> dict[str, Any]:
     """What `moe-lab report` measured of the shipped model: bits per byte, gzip's, and domains named by experts."""
     return json.loads((root() / "lm" / "report.json").read_text())

@@ -20,7 +20,6 @@ from dataclasses import dataclass, field
 import torch
 
 NAMES = (
-    "auto_backend",
     "batched_no_grad_experts",
     "buffered_dispatch_combine",
     "cached_w13_hit",
@@ -32,6 +31,7 @@ NAMES = (
     "equal_a2a_padding_dispatch",
     "equal_count_permute",
     "equal_count_unpermute",
+    "experts_backend",
     "force_load_balance_dispatch",
     "fused_dispatch_combine",
     "host_sync",

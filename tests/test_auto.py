@@ -3,7 +3,7 @@ import torch
 
 from moe_lab import GroupedExperts, MoE, fastpaths
 from moe_lab.layer import auto
-from moe_lab.layer.auto import Case, Choice
+from moe_lab.layer.auto import Case
 
 SMALL = Case("cpu", "float32", False, 4.0, 64, 64, 8)
 LARGE = SMALL._replace(rows=400.0)
@@ -11,48 +11,76 @@ LARGE = SMALL._replace(rows=400.0)
 
 @pytest.fixture
 def table(monkeypatch):
-    known = [(SMALL, {"padded": 1.0, "loop": 2.0}), (LARGE, {"buffered": 1.0, "padded": 3.0, "loop": 2.0})]
+    small = {"batched": 4.0, "buffered": 3.0, "padded": 1.0, "loop": 2.0}
+    large = {"batched": 0.5, "buffered": 1.0, "padded": 5.0, "loop": 2.0}
+    known = [(SMALL, small), (LARGE, large)]
     monkeypatch.setattr(auto, "table", lambda: known)
 
 
-def test_the_nearest_measured_shape_decides(table):
-    assert auto.choose(SMALL._replace(rows=9.0), plain=True) == Choice(
-        "padded", "fastest legal at the nearest measured shape, ms: padded 1, loop 2"
+def test_the_nearest_measured_shapes_decide(table):
+    """Half way between 4 and 400 rows: square roots of 4 * 1, 3 * 2, 2 * 4 and 1 * 10 times the fastest."""
+    choice = auto.choose(SMALL._replace(rows=40.0), plain=True)
+    assert str(choice) == (
+        "buffered: times by the nearest measured shapes: batched 2.00, buffered 2.45, loop 2.83, padded 3.16; "
+        "not batched: counts are not known on the host"
     )
-    assert auto.choose(SMALL._replace(rows=100.0), plain=True).backend == "buffered"
-    assert auto.choose(SMALL._replace(rows=100.0), plain=False).backend == "loop"  # biases
+    assert auto.choose(SMALL._replace(rows=5.0), plain=True).backend == "padded"
+    assert auto.choose(SMALL._replace(rows=200.0), plain=True).backend == "buffered"
+
+
+def test_faster_ones_that_are_not_legal_are_named_with_their_reason(table):
+    choice = auto.choose(LARGE, torch.tensor([513, 400, 314]), plain=False)
+    assert choice.backend == "loop"
+    assert choice.refused == {
+        "batched": "counts differ: expert 0 has 513, mean 409",
+        "buffered": "it computes plain SwiGLU",
+    }
+    assert str(choice).endswith(
+        "; not batched: counts differ: expert 0 has 513, mean 409; not buffered: it computes plain SwiGLU"
+    )
+    assert auto.choose(LARGE, torch.tensor([4, 4]), plain=True).backend == "batched"
+    assert auto.choose(LARGE, plain=True).refused == {"batched": "counts are not known on the host"}
+    assert auto.choose(LARGE, torch.tensor([0, 0]), plain=True).refused["batched"].startswith("expert 0 has 0 rows")
 
 
 @pytest.mark.parametrize(
-    ("case", "backend"),
+    ("case", "backend", "refused"),
     [
-        (Case("cuda", "bfloat16", True, 4.0, 64, 64, 8), "fused"),
-        (Case("cuda", "bfloat16", True, 4.0, 64, 60, 8), "loop"),
-        (Case("cuda", "float32", True, 4.0, 64, 64, 8), "grouped"),
-        (Case("cpu", "float64", True, 4.0, 64, 64, 8), "loop"),
+        (Case("cuda", "bfloat16", True, 4.0, 64, 64, 8), "fused", []),
+        (Case("cuda", "bfloat16", True, 4.0, 64, 60, 8), "loop", ["fused", "grouped"]),
+        (Case("cuda", "float32", True, 4.0, 64, 64, 8), "grouped", ["fused"]),
+        (Case("cpu", "float64", True, 4.0, 64, 64, 8), "loop", ["fused", "grouped"]),
     ],
 )
-def test_off_the_table_a_rule_decides(table, case, backend):
+def test_off_the_table_backends_are_tried_in_order(table, case, backend, refused):
     choice = auto.choose(case, plain=True)
-    assert choice.backend == backend
-    assert "in the table: first legal of fused, grouped, loop" in choice.reason
+    assert (choice.backend, list(choice.refused)) == (backend, refused)
+    assert "not measured for this device and dtype, in order: fused, grouped, loop" in str(choice)
 
 
-def test_auto_runs_and_says_why(table, layer_config):
+def test_auto_runs_and_says_why_once(table, layer_config):
     moe = MoE(layer_config(backend="auto"))
     with fastpaths.record() as record, torch.no_grad():
         moe(torch.randn(2000, 16))
-    (reason,) = record.entries["auto_backend"].reasons
-    assert reason.startswith("buffered: fastest legal")
-
-
-def test_a_choice_is_noted_once(table, layer_config):
-    moe = MoE(layer_config(backend="auto"))
+    (reason,) = record.entries["experts_backend"].reasons
+    assert reason.startswith("buffered: times by the nearest measured shapes: batched 1.")
     with fastpaths.record() as record:
         moe(torch.randn(3, 16))  # with a gradient, which the table does not hold
-    assert record.entries["auto_backend"].reasons == {
-        "grouped: no cpu float32 in the table: first legal of fused, grouped, loop": 1
-    }
+    ((reason, count),) = record.entries["experts_backend"].reasons.items()
+    assert count == 1
+    assert reason.startswith("grouped: not measured for this device and dtype")
+
+
+def test_what_was_asked_for_by_name_is_on_the_record(layer_config):
+    with fastpaths.record() as record:
+        MoE(layer_config(backend="padded"))(torch.randn(3, 16))
+    assert record.entries["experts_backend"].reasons == {"padded: asked for by name": 1}
+
+
+def test_a_gradient_rules_batched_out(monkeypatch):
+    case = SMALL._replace(grad=True)
+    monkeypatch.setattr(auto, "table", lambda: [(case, {"batched": 1.0, "padded": 2.0})])
+    assert auto.choose(case, torch.tensor([4, 4]), plain=True).refused == {"batched": "a gradient flows"}
 
 
 def test_a_layer_too_big_for_memory_is_refused_with_the_number():

@@ -35,6 +35,16 @@ def test_traces_open_by_name_and_unknown_names_list_the_known():
         data.open("nonsense")
 
 
+def test_results_are_found_in_a_checkout_and_in_a_package(tmp_path, monkeypatch):
+    assert data.result("gloo_exchange.json").is_file()
+    with pytest.raises(ValueError, match=r"'nonsense' is not shipped: choose one of .*gloo_exchange\.json"):
+        data.result("nonsense")
+    (tmp_path / "_data" / "results").mkdir(parents=True)
+    (tmp_path / "_data" / "results" / "times.json").write_text("{}")
+    monkeypatch.setattr(data, "root", lambda: tmp_path / "_data")
+    assert data.result("times.json") == tmp_path / "_data" / "results" / "times.json"
+
+
 def test_pages_are_the_text_that_was_recorded():
     for document in data.open("balanced_pages").info.documents:
         text = (data.root() / "pages" / document.name.removeprefix("pages:")).read_bytes()

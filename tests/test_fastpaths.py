@@ -18,6 +18,7 @@ def test_what_ran_and_why():
         MoE(CONFIG).bfloat16()(x_TD.bfloat16())
         MoE(CONFIG.replace(score_before_experts=True, combine="scatter_add"))(x_TD)
     assert {name: entry.count for name, entry in record.entries.items()} == {
+        "experts_backend": 3,
         "score_after_experts": 1,
         "score_after_experts_bf16": 1,
         "score_before_experts": 1,
@@ -120,6 +121,33 @@ def test_values_are_summed_up():
             fastpaths.note("padded_rows", "dispatch", rows)
     entry = record.entries["padded_rows"]
     assert (entry.count, entry.total, entry.low, entry.high) == (3, 16, 2, 9)
+
+
+def test_every_name_that_can_be_noted_is_noted_somewhere():
+    """By its own text, or as a part of a longer name that is put together where it is noted."""
+    package = Path(fastpaths.__file__).parent
+    code = "".join(p.read_text() for p in package.rglob("*.py") if p.name != "fastpaths.py")
+    parts = ("_adaptive_", "_dispatch_combine", "cached_", "equal_a2a_padding")
+    assert [n for n in fastpaths.NAMES if n not in code and not any(part in n for part in parts)] == []
+
+
+def test_a_decision_costs_a_check_and_no_more_while_nobody_records():
+    """Bytecodes of a call: seven of the code that looks for a recorder, whatever its reason would be."""
+    run = []
+
+    def count(frame, event, _):
+        frame.f_trace_opcodes = True
+        if event == "opcode":
+            run.append(frame.f_code.co_name)
+        return count
+
+    sys.settrace(count)
+    try:
+        fastpaths.note("host_sync", lambda: pytest.fail("formed a reason for nobody"))
+    finally:
+        sys.settrace(None)
+    assert set(run) == {"note"}
+    assert len(run) <= 12
 
 
 def test_forced_balance_on_one_rank_is_on_the_record(layer_config):

@@ -53,22 +53,30 @@ def default_tokens(name: str) -> int:
 def make_inputs(
     config: MoEConfig, tokens: int, device: torch.device, dtype: torch.dtype, *, skew: float = SKEW
 ) -> Inputs:
-    """Seeded tokens, weights of fan-in scale, and routing from normal logits with an offset an expert.
-
-    `skew` is the standard deviation of the offsets: 0 is uniform random routing.
-    """
+    """Seeded tokens and weights of fan-in scale, with the routing of `draw_routing`."""
     draw = torch.Generator(device).manual_seed(0)
+    gates_TK, ids_TK = draw_routing(config, tokens, draw, skew)
 
     def normal(*shape: int, std: float = 1.0) -> Tensor:
         return torch.randn(shape, generator=draw, device=device, dtype=dtype).mul_(std)
 
     experts, hidden_dim, dim = config.num_experts, config.hidden_dim, config.dim
-    logits_TE = torch.randn(tokens, experts, generator=draw, device=device)
-    logits_TE += skew * torch.randn(experts, generator=draw, device=device)
-    gates_TK, ids_TK = logits_TE.softmax(dim=-1).topk(config.top_k, dim=-1)
     up, down = (experts, hidden_dim, dim), (experts, dim, hidden_dim)
     weights = normal(*up, std=dim**-0.5), normal(*down, std=hidden_dim**-0.5), normal(*up, std=dim**-0.5)
-    return Inputs(normal(tokens, dim), gates_TK.contiguous(), ids_TK, *weights)
+    return Inputs(normal(tokens, dim), gates_TK, ids_TK, *weights)
+
+
+def draw_routing(
+    config: MoEConfig, tokens: int, draw: torch.Generator, skew: float
+) -> tuple[Float[Tensor, "T K"], Int[Tensor, "T K"]]:
+    """Gates and experts from normal logits with an offset an expert, of standard deviation `skew`.
+
+    Skew 0 is uniform random routing.
+    """
+    logits_TE = torch.randn(tokens, config.num_experts, generator=draw, device=draw.device)
+    logits_TE += skew * torch.randn(config.num_experts, generator=draw, device=draw.device)
+    gates_TK, ids_TK = logits_TE.softmax(dim=-1).topk(config.top_k, dim=-1)
+    return gates_TK.contiguous(), ids_TK
 
 
 def imbalance(inputs: Inputs) -> float:

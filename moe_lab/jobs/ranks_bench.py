@@ -12,12 +12,11 @@ router and shared experts are left out.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,6 +30,7 @@ from tqdm import tqdm
 from moe_lab import data
 from moe_lab.config import MoEConfig, RouterConfig, check_choice, check_int
 from moe_lab.jobs.bench_inputs import LAYERS
+from moe_lab.jobs.ranks_table import EXCHANGES, PHASES, Row, describe, save
 from moe_lab.layer.all_to_all import AllToAllTokenDispatcher
 from moe_lab.layer.exchange import finish
 from moe_lab.layer.moe import MoE
@@ -39,7 +39,7 @@ from moe_lab.layer.splits import EqualSplits
 from moe_lab.parallel import RankPool, wire
 from moe_lab.parallel.ranks import choose_backend
 from moe_lab.study.load import packing_order
-from moe_lab.study.timing import Timing, environment, ratio, summarise
+from moe_lab.study.timing import environment, ratio, summarise
 
 KINDS: dict[str, dict[str, Any]] = {
     "unequal": {"equal_split": "off"},
@@ -48,8 +48,6 @@ KINDS: dict[str, dict[str, Any]] = {
     "forced": {"router": RouterConfig(force_load_balance="round_robin")},
 }
 ROUTINGS = ("skewed", "zipf", "trace")
-PHASES = ("plan", "pack", "exchange", "unpack", "experts", "repack", "combine exchange", "weigh")
-EXCHANGES = ("exchange", "combine exchange")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -244,62 +242,6 @@ def _exchanges(
     return rounds[0][settings.warmup :], rounds[1][settings.warmup :]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    """One kind of splits under one routing. Times in ms; `by_rank`: mean, p50, p90, p99 of each rank.
-
-    `slowest_rank` the mean of the slowest rank, `slowest_each` the mean over iterations of whichever was slowest;
-    `straggler` rows of the fullest rank over the mean. Waiting and transfer are those of the worst rank, means over
-    iterations, of the arm that synchronises; bytes and their rate are those that a rank sends to others.
-    """
-
-    layer: str
-    routing: str
-    kind: str
-    ranks: int
-    tokens: int
-    shape: dict[str, int]
-    forward_by_rank: list[list[float]]
-    forward_slowest_rank: float
-    forward_slowest_each: float
-    step_by_rank: list[list[float]]
-    step_slowest_rank: float
-    step_slowest_each: float
-    tokens_per_second: float
-    straggler: float
-    padded_share: float
-    reason: str
-    phases_ms: dict[str, float]
-    wait_ms: dict[str, float]
-    transfer_ms: dict[str, float]
-    exchange: Timing
-    plain: Timing
-    exchange_ratio: Timing
-    bytes_per_second: float
-
-    def cells(self) -> list[str]:
-        """One line of the table."""
-        both = "  ".join(f"{self.wait_ms[name]:.2f}+{self.transfer_ms[name]:.2f}" for name in EXCHANGES)
-        return [
-            self.routing,
-            self.kind,
-            f"{self.forward_slowest_each:.2f}",
-            f"{self.step_slowest_each:.2f}",
-            f"{1e-6 * self.tokens_per_second:.2f}",
-            f"{self.straggler:.2f}",
-            f"{100 * self.padded_share:.0f} %",
-            both,
-            f"{self.phases_ms['experts']:.2f}",
-            f"{self.exchange.median:.3f}",
-            f"{self.exchange_ratio.median:.2f}",
-            f"{1e-9 * self.bytes_per_second:.0f}",
-        ]
-
-
-HEAD = ["routing", "splits", "forward", "step", "Mtok/s", "straggler", "padding", "wait+transfer, both", "experts"]
-HEAD += ["exchange", "x plain", "GB/s"]
-
-
 def gather_rows(settings: Settings, layer: str, by_rank: Sequence[RankResult]) -> Row:
     """What the ranks measured, as one row."""
     forward_RI, step_RI = (np.array([getattr(r, n) for r in by_rank]) for n in ("forward_ms", "step_ms"))
@@ -353,20 +295,6 @@ def _spread(times_RI: np.ndarray) -> list[list[float]]:
     return [[float(times.mean()), *np.quantile(times, (0.5, 0.9, 0.99)).tolist()] for times in times_RI]
 
 
-def describe(layer: str, rows: Sequence[Row]) -> str:
-    """A table of one layer's rows, ms."""
-    first = rows[0]
-    shape = "  ".join(f"{name} {size}" for name, size in {"T": first.tokens, **first.shape}.items())
-    lines = [HEAD, *(row.cells() for row in rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(HEAD))]
-    table = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths)) for line in lines]
-    names = ["phases", *(f"{row.routing} {row.kind}" for row in rows)]
-    phases = [names, *([name, *(f"{row.phases_ms[name]:.2f}" for row in rows)] for name in PHASES)]
-    widths = [max(len(line[i]) for line in phases) for i in range(len(names))]
-    table += ["", *("  ".join(cell.rjust(width) for cell, width in zip(line, widths)) for line in phases)]
-    return "\n".join([f"{layer} on {first.ranks} ranks   {shape}   ms", *table])
-
-
 def settings_of(args: argparse.Namespace) -> list[tuple[str, Settings]]:
     """All that is to be measured, by layer. `ValueError` for what is not known."""
     check_int("shrink", args.shrink, 1)
@@ -401,8 +329,7 @@ def run(
         rows.append(gather_rows(settings, name, by_rank))
         if out is not None:
             device = torch.device("cuda" if choose_backend("auto", len(by_rank)) == "nccl" else "cpu")
-            content = {"environment": environment(device), "rows": [asdict(row) for row in rows]}
-            out.write_text(json.dumps(content, indent=1))
+            save(out, environment(device), rows)
     for name in dict.fromkeys(row.layer for row in rows):
         print(describe(name, [row for row in rows if row.layer == name]), flush=True)
 

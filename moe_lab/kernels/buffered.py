@@ -1,9 +1,9 @@
 """Dispatch, experts and combine on a CPU, expert by expert, in buffers used again by every expert.
 
-The rows of one expert are gathered, multiplied and added to their tokens while they are in the cache; fresh memory,
-whose page faults cost more than copying it, is only the output. Sums over experts are float32 (float64 for float64),
-in expert order, rounded once: the same bits on every run. Backward is written by hand in the same way. It never needs
-the experts' outputs: a gate's gradient <y, dOut> is <hidden, dOut w2>.
+The rows of one expert are gathered and multiplied while they are in the cache; of all rows at once there are only the
+experts' outputs, from which every token takes its sum. Sums over experts are float32 (float64 for float64), in slot
+order, rounded once: the same bits on every run. Backward is written by hand in the same way. It never needs the
+experts' outputs: a gate's gradient <y, dOut> is <hidden, dOut w2>.
 """
 
 from __future__ import annotations
@@ -12,7 +12,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from moe_lab.kernels import workspace
 
 
 def buffered_experts(
@@ -62,24 +65,23 @@ def buffered_forward(
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The output, and with `save` the gate and up products (R, F), which backward needs; else these are empty."""
-    (_, dim), hidden_dim, most = x_TD.shape, w1_EFD.shape[1], _largest(ends_E)
-    token_R, gate_R1 = _row_facts(x_TD, gates_TK, order_R)
-    out_TD = torch.zeros(x_TD.shape, dtype=_wide(x_TD.dtype))
-    gate_SF, up_SF = _buffers(x_TD, order_R.numel() if save else most, hidden_dim, hidden_dim)
-    x_CD, y_CD, hidden_CF = _buffers(x_TD, most, dim, dim, hidden_dim)
+    (_, dim), hidden_dim, num_rows = x_TD.shape, w1_EFD.shape[1], order_R.numel()
+    most = _largest(ends_E)
+    token_R = _tokens(order_R, gates_TK)
+    gate_SF, up_SF = _buffers(x_TD, num_rows if save else most, hidden_dim, hidden_dim)
+    (x_CD,) = _buffers(x_TD, most, dim)
+    y_RD = _rows_and_zeros(x_TD, num_rows)
+    w1_DF, w2_FD, w3_DF = (w.mT.unbind() for w in (w1_EFD, w2_EDF, w3_EFD))
     for expert, start, end in _segments(ends_E):
-        count = end - start
-        rows = slice(start, end) if save else slice(0, count)
-        x = torch.index_select(x_TD, 0, token_R[start:end], out=x_CD[:count])
-        gate = torch.mm(x, w1_EFD[expert].T, out=gate_SF[rows])
-        up = torch.mm(x, w3_EFD[expert].T, out=up_SF[rows])
-        hidden = torch.ops.aten.silu.out(gate, out=hidden_CF[:count]).mul_(up)
-        y = torch.mm(hidden, w2_EDF[expert].T, out=y_CD[:count])
-        out_TD.index_add_(0, token_R[start:end], y.to(out_TD.dtype).mul_(gate_R1[start:end]))
+        rows = slice(start, end) if save else slice(0, end - start)
+        x = torch.index_select(x_TD, 0, token_R[start:end], out=x_CD[: end - start])
+        gate = torch.mm(x, w1_DF[expert], out=gate_SF[rows])
+        up = torch.mm(x, w3_DF[expert], out=up_SF[rows])
+        torch.mm(F.silu(gate).mul_(up), w2_FD[expert], out=y_RD[start:end])
+    out_TD = _sum_rows(y_RD, _positions(order_R, gates_TK), gates_TK)
     if not save:
         gate_SF, up_SF = x_TD.new_empty(0, hidden_dim), x_TD.new_empty(0, hidden_dim)
-    # An output may not be the buffer of another, nor an input: `to` copies only where the dtype differs.
-    return out_TD.to(x_TD.dtype), gate_SF, up_SF
+    return out_TD, gate_SF, up_SF
 
 
 @torch.library.custom_op("moe_lab::buffered_experts_backward", mutates_args=())
@@ -97,41 +99,69 @@ def buffered_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, the gates, w1, w2 and w3. Weights of an expert without rows get exactly 0."""
     (_, dim), hidden_dim, most = x_TD.shape, w1_EFD.shape[1], _largest(ends_E)
-    token_R, gate_R1 = _row_facts(x_TD, gates_TK, order_R)
-    grad_x_TD = torch.zeros(x_TD.shape, dtype=_wide(x_TD.dtype))
+    token_R, weight_R1 = _tokens(order_R, gates_TK), gates_TK.reshape(-1)[order_R][:, None].to(x_TD.dtype)
     grad_gate_R = gates_TK.new_empty(order_R.numel())
-    grads = [torch.empty(w.shape, dtype=w.dtype) for w in (w1_EFD, w2_EDF, w3_EFD)]
+    dw1_EFD, dw2_EDF, dw3_EFD = grads = [torch.empty(w.shape, dtype=w.dtype) for w in (w1_EFD, w2_EDF, w3_EFD)]
     _zero_empty(grads, ends_E)
-    x_CD, grad_CD, dx_CD = _buffers(x_TD, most, dim, dim, dim)
+    x_CD, grad_CD = _buffers(x_TD, most, dim, dim)
     silu_CF, hidden_CF, dhidden_CF, dup_CF = _buffers(x_TD, most, *[hidden_dim] * 4)
+    dx_RD = _rows_and_zeros(x_TD, order_R.numel())
     for expert, start, end in _segments(ends_E):
-        count, token = end - start, token_R[start:end]
-        weight = gate_R1[start:end].to(x_TD.dtype)
+        count, token, weight = end - start, token_R[start:end], weight_R1[start:end]
         x = torch.index_select(x_TD, 0, token, out=x_CD[:count])
         dy = torch.index_select(grad_TD, 0, token, out=grad_CD[:count])
         gate, up = gate_RF[start:end], up_RF[start:end]
         silu = torch.ops.aten.silu.out(gate, out=silu_CF[:count])
         hidden = torch.mul(silu, up, out=hidden_CF[:count])
         dhidden = torch.mm(dy, w2_EDF[expert], out=dhidden_CF[:count])  # before the gate's weight
-        wide = grad_x_TD.dtype
-        grad_gate_R[start:end] = torch.linalg.vecdot(hidden.to(wide), dhidden.to(wide))
-        torch.mm(dy.T, hidden.mul_(weight), out=grads[1][expert])
+        grad_gate_R[start:end] = (hidden * dhidden).sum(1, dtype=_wide(x_TD.dtype))
+        torch.mm(dy.T, hidden.mul_(weight), out=dw2_EDF[expert])
         dhidden.mul_(weight)
         dup = torch.mul(dhidden, silu, out=dup_CF[:count])
-        torch.ops.aten.silu_backward.grad_input(dhidden.mul_(up), gate, grad_input=silu)
-        torch.mm(silu.T, x, out=grads[0][expert])
-        torch.mm(dup.T, x, out=grads[2][expert])
-        dx = torch.mm(silu, w1_EFD[expert], out=dx_CD[:count])
-        dx.addmm_(dup, w3_EFD[expert])
-        grad_x_TD.index_add_(0, token, dx.to(wide))
+        dgate = torch.ops.aten.silu_backward.grad_input(dhidden.mul_(up), gate, grad_input=silu)
+        torch.mm(dgate.T, x, out=dw1_EFD[expert])
+        torch.mm(dup.T, x, out=dw3_EFD[expert])
+        torch.mm(dgate, w1_EFD[expert], out=dx_RD[start:end]).addmm_(dup, w3_EFD[expert])
     grad_gates_TK = gates_TK.new_zeros(gates_TK.shape)
     grad_gates_TK.view(-1)[order_R] = grad_gate_R
-    return grad_x_TD.to(x_TD.dtype), grad_gates_TK, grads[0], grads[1], grads[2]
+    return _sum_rows(dx_RD, _positions(order_R, gates_TK)), grad_gates_TK, dw1_EFD, dw2_EDF, dw3_EFD
 
 
-def _row_facts(x_TD: Tensor, gates_TK: Tensor, order_R: Tensor) -> tuple[Tensor, Tensor]:
-    gate_R1 = gates_TK.reshape(-1)[order_R][:, None].to(_wide(x_TD.dtype))
-    return order_R.div(gates_TK.shape[1], rounding_mode="floor"), gate_R1
+def _tokens(order_R: Tensor, gates_TK: Tensor) -> Tensor:
+    """The token of each row."""
+    return order_R.div(gates_TK.shape[1], rounding_mode="floor")
+
+
+def _positions(order_R: Tensor, gates_TK: Tensor) -> Tensor:
+    """(T, K): the row of each assignment; of a dropped one the row after the last, which holds zeros."""
+    num_rows = order_R.numel()
+    position_N = order_R.new_full((gates_TK.numel(),), num_rows)
+    position_N[order_R] = torch.arange(num_rows)
+    return position_N.view(gates_TK.shape)
+
+
+def _rows_and_zeros(like: Tensor, num_rows: int) -> Tensor:
+    rows = workspace.take(like, num_rows + 1, like.shape[1])
+    rows[num_rows] = 0
+    return rows
+
+
+def _sum_rows(rows_RD: Tensor, position_TK: Tensor, gates_TK: Tensor | None = None) -> Tensor:
+    """(T, D): the K rows of each token under their gates, summed in float32 at least, rounded once."""
+    dtype = rows_RD.dtype
+    if dtype == _wide(dtype):
+        weights = None if gates_TK is None else gates_TK.to(dtype)
+        return F.embedding_bag(position_TK, rows_RD, per_sample_weights=weights, mode="sum")
+    # embedding_bag would round gates to the rows' dtype.
+    total_TD = torch.zeros(len(position_TK), rows_RD.shape[1])
+    slot_TD = rows_RD.new_empty(total_TD.shape)
+    for k, position_T in enumerate(position_TK.T):
+        torch.index_select(rows_RD, 0, position_T, out=slot_TD)
+        if gates_TK is None:
+            total_TD.add_(slot_TD)
+        else:
+            total_TD.addcmul_(slot_TD, gates_TK[:, k : k + 1])
+    return total_TD.to(dtype)
 
 
 def _zero_empty(grads: list[Tensor], ends_E: Tensor) -> None:

@@ -1,14 +1,14 @@
-"""What `backend="auto"` runs: the fastest legal backend at the nearest measured shape, and why.
+"""What `backend="auto"` runs: the fastest legal backend by the two nearest measured shapes, and why.
 
-The table is `auto_table.json`, made by `python -m moe_lab.jobs.auto_table`. On a device kind that it does not hold,
-the rule is: `fused` where legal, else `grouped`, else `loop`.
+The table is `auto_table.json`, made by `python -m moe_lab.jobs.auto_table`. For a device kind and dtype that it does
+not hold, backends are tried in the order of `UNMEASURED`.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,8 +17,10 @@ import torch
 from torch import Tensor
 
 from moe_lab import fastpaths
+from moe_lab.layer.backends.batched import refuse_counts
 from moe_lab.layer.backends.grouped import refuse_grouped
 
+UNMEASURED = ("fused", "grouped", "loop")
 TABLE = Path(__file__).with_name("auto_table.json")
 
 
@@ -39,15 +41,25 @@ class Case(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """A backend, and the reason for it: none where it was asked for by name."""
+    """A backend; where it was chosen, times over the fastest one's near here and why faster ones are not legal."""
 
     backend: str
-    reason: str = ""
+    times: Mapping[str, float] | None = None
+    refused: Mapping[str, str] = {}
+
+    def __str__(self) -> str:
+        if self.times is None:
+            return f"{self.backend}: asked for by name"
+        near = ", ".join(f"{name} {self.times[name]:.2f}" for name in sorted(self.times, key=self.times.__getitem__))
+        order = f"not measured for this device and dtype, in order: {', '.join(UNMEASURED)}"
+        why = f"times by the nearest measured shapes: {near}" if near else order
+        return "; ".join(
+            [f"{self.backend}: {why}", *(f"not {name}: {reason}" for name, reason in self.refused.items())]
+        )
 
     def note(self) -> None:
-        """Put it on the record, if it was a choice."""
-        if self.reason:
-            fastpaths.note("auto_backend", lambda: f"{self.backend}: {self.reason}")
+        """Put it on the record."""
+        fastpaths.note("experts_backend", self.__str__)
 
 
 def case_of(x: Tensor, num_rows: int, weights: Sequence[Tensor]) -> Case:
@@ -58,30 +70,53 @@ def case_of(x: Tensor, num_rows: int, weights: Sequence[Tensor]) -> Case:
     return Case(kind, dtype, grad, num_rows / num_experts, dim, hidden_dim, num_experts)
 
 
-def choose(case: Case, *, plain: bool) -> Choice:
-    """The backend for a case; `plain` means SwiGLU without biases, all that `fused` and `buffered` compute."""
-    legal = legal_backends(case, plain=plain)
-    near = [(case.distance(known), times) for known, times in table() if known[:3] == case[:3]]
-    if not near:
-        rule = next(name for name in ("fused", "grouped", "loop") if name in legal)
-        return Choice(rule, f"no {case.device} {case.dtype} in the table: first legal of fused, grouped, loop")
-    times = min(near, key=lambda pair: pair[0])[1]
-    best = min((name for name in times if name in legal), key=lambda name: times[name], default="loop")
-    others = ", ".join(f"{name} {ms:g}" for name, ms in sorted(times.items(), key=lambda item: item[1]))
-    return Choice(best, f"fastest legal at the nearest measured shape, ms: {others}")
+def choose(case: Case, counts_E: Tensor | None = None, *, plain: bool) -> Choice:
+    """The backend for a case; `plain` means SwiGLU without biases, all that `fused` and `buffered` compute.
+
+    `batched` is considered only with the experts' counts given.
+    """
+    times = relative_times(case)
+    refused: dict[str, str] = {}
+    for backend in sorted(times, key=times.__getitem__) or UNMEASURED:
+        reason = _refuse(backend, case, counts_E, plain)
+        if reason is None:
+            return Choice(backend, times, refused)
+        refused[backend] = reason
+    return Choice("loop", times, refused)
 
 
-def legal_backends(case: Case, *, plain: bool) -> list[str]:
-    """Backends that can run the case whatever its counts."""
-    legal = ["loop", "padded"]
+def relative_times(case: Case) -> dict[str, float]:
+    """Each backend's time over the fastest one's: a geometric mean of the two nearest cases, by inverse distance.
+
+    Two, because of 1 to 8 they had the least regret where each case of the table was chosen by the others.
+    """
+    near = sorted(((case.distance(known), ms) for known, ms in table() if known[:3] == case[:3]), key=lambda n: n[0])[
+        :2
+    ]
+    weights = [1 / (distance + 0.1) for distance, _ in near]
+    names = set.intersection(*(set(ms) for _, ms in near)) if near else set()
+    logs = {n: sum(w * math.log(ms[n] / min(ms.values())) for w, (_, ms) in zip(weights, near)) for n in names}
+    return {name: math.exp(log / sum(weights)) for name, log in logs.items()}
+
+
+def _refuse(backend: str, case: Case, counts_E: Tensor | None, plain: bool) -> str | None:
+    """Why a backend cannot run a case, or None."""
     dtype = getattr(torch, case.dtype)
-    if refuse_grouped(dtype, case.dim, case.hidden_dim) is None:
-        legal.append("grouped")
-        if plain and case.device == "cuda" and dtype.itemsize == 2:
-            legal.append("fused")
-    if plain and case.device == "cpu":
-        legal.append("buffered")
-    return legal
+    if backend in ("fused", "buffered") and not plain:
+        return "it computes plain SwiGLU"
+    if backend == "buffered" and case.device != "cpu":
+        return "it runs on the CPU"
+    if backend == "fused" and (case.device != "cuda" or dtype.itemsize != 2):
+        return "it runs on CUDA, in bfloat16 or float16"
+    if backend in ("fused", "grouped"):
+        return refuse_grouped(dtype, case.dim, case.hidden_dim)
+    if backend == "batched":
+        if case.grad:
+            return "a gradient flows"
+        if counts_E is None or counts_E.device.type != "cpu":
+            return "counts are not known on the host"
+        return refuse_counts(counts_E)
+    return None
 
 
 @cache

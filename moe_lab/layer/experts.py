@@ -72,7 +72,9 @@ class GroupedExperts(nn.Module):
 
     def forward(self, x_RD: Float[Tensor, "R D"], ends_E: Int32[Tensor, " E"]) -> Float[Tensor, "R D"]:
         """Rows ends[e-1] .. ends[e] go through expert e. Weights are used in the rows' dtype."""
-        choice = self.choose(x_RD, len(x_RD))
+        choice = Choice(self.backend)
+        if self.backend == "auto":
+            choice = self.choose(x_RD, len(x_RD), ends_E.diff(prepend=ends_E.new_zeros(1)))
         choice.note()
         return BACKENDS[choice.backend](x_RD, ends_E, self._weights(x_RD))
 
@@ -81,13 +83,12 @@ class GroupedExperts(nn.Module):
         choice.note()
         return routed(choice.backend, x_TD, routing, self._weights(x_TD))
 
-    def choose(self, x: Tensor, num_rows: int) -> Choice:
+    def choose(self, x: Tensor, num_rows: int, counts_E: Tensor | None = None) -> Choice:
         """The backend for `num_rows` rows made of x: the one asked for, or what "auto" comes to and why."""
         if self.backend != "auto":
             return Choice(self.backend)
-        weights = (self.w1_EFD, self.w2_EDF, self.w3_EFD)
-        plain = self.b1_EF is None and self.activation == "swiglu"
-        return auto.choose(auto.case_of(x, num_rows, weights), plain=plain)
+        case = auto.case_of(x, num_rows, (self.w1_EFD, self.w2_EDF, self.w3_EFD))
+        return auto.choose(case, counts_E, plain=self.b1_EF is None and self.activation == "swiglu")
 
     def drop_caches(self) -> None:
         """Forget copies of weights: after writes through `.data`, which nothing can see."""

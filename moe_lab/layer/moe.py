@@ -105,7 +105,7 @@ class MoE(nn.Module):
     def _computed(self, x_TD: Tensor, routing: Routing) -> Tensor:
         shared = None if self.shared_experts is None else partial(self._shared, x_TD)
         if self.dispatcher.may_fuse and self._routes(
-            choice := self.experts.choose(x_TD, routing.expert_ids_TK.numel())
+            choice := self.experts.choose(x_TD, routing.expert_ids_TK.numel(), routing.counts_E)
         ):
             with phases.phase("experts"):
                 out_TD = self.experts.routed(x_TD, routing, choice)

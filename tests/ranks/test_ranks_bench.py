@@ -10,15 +10,14 @@ import pytest
 import torch
 
 from moe_lab.jobs.ranks_bench import (
-    PHASES,
     Settings,
     config_of,
-    describe,
     draw_routing,
     gather_rows,
     measure,
     wait_and_transfer,
 )
+from moe_lab.jobs.ranks_table import PHASES, describe
 from moe_lab.parallel import RankPool
 
 SMALL = {"tokens": 64, "dtype": "float32", "iterations": 3, "warmup": 1}

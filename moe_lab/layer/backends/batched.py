@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float, Int32
+from jaxtyping import Float, Int, Int32
 from torch import Tensor
 
 from moe_lab import fastpaths
@@ -19,15 +19,19 @@ def refuse_batched(ends_E: Int32[Tensor, " E"], weights: Weights, x_RD: Float[Te
         return "a gradient flows: use torch.no_grad()"
     if ends_E.device.type != "cpu":
         fastpaths.note("host_sync", "backend='batched' compares the experts' counts")
-    counts = ends_E.diff(prepend=ends_E.new_zeros(1)).tolist()
+    return refuse_counts(ends_E.diff(prepend=ends_E.new_zeros(1)))
+
+
+def refuse_counts(counts_E: Int[Tensor, " E"]) -> str | None:
+    """Why these counts are not those of equal batches, or None. Reads them on the host."""
+    if torch.compiler.is_compiling():
+        return "compiling: counts are not known"
+    counts = counts_E.tolist()
     mean = sum(counts) / len(counts)
-    for expert, count in enumerate(counts):
-        if count != counts[0]:
-            worst = max(range(len(counts)), key=lambda e: abs(counts[e] - mean))
-            return f"counts differ: expert {worst} has {counts[worst]}, mean {mean:g}"
-        if count == 0:
-            return f"expert {expert} has 0 rows: every expert needs some"
-    return None
+    worst = max(range(len(counts)), key=lambda expert: abs(counts[expert] - mean))
+    if counts[worst] != mean:
+        return f"counts differ: expert {worst} has {counts[worst]}, mean {mean:g}"
+    return None if counts[0] else "expert 0 has 0 rows: every expert needs some"
 
 
 def batched_experts(x_RD: Float[Tensor, "R D"], ends_E: Int32[Tensor, " E"], weights: Weights) -> Float[Tensor, "R D"]:

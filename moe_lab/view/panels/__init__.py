@@ -13,8 +13,9 @@ from moe_lab.view.panels.exchange import ExchangePanel
 from moe_lab.view.panels.padding import PaddingPanel
 from moe_lab.view.panels.routing import RoutingPanel
 from moe_lab.view.panels.routing_compute import shipped_names
+from moe_lab.view.panels.timing import TimingPanel
 
-__all__ = ["CountsPanel", "ExchangePanel", "PaddingPanel", "RoutingPanel", "open_panel"]
+__all__ = ["CountsPanel", "ExchangePanel", "PaddingPanel", "RoutingPanel", "TimingPanel", "open_panel"]
 
 
 def open_panel(

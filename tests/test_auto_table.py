@@ -1,0 +1,48 @@
+import json
+
+import pytest
+
+from moe_lab.jobs import auto_table
+from moe_lab.layer import auto
+from moe_lab.layer.auto import Case
+
+CASE = Case("cpu", "float32", False, 4.0, 16, 16, 4)
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(autouse=True)
+def forget_the_table():
+    yield
+    auto.table.cache_clear()
+
+
+def test_regret_by_hand(monkeypatch):
+    monkeypatch.setattr(auto, "table", lambda: [(CASE, {"loop": 1.0, "padded": 2.0, "batched": 0.1})])
+    found = list(auto_table.regrets([(CASE, {"loop": 3.0, "padded": 2.0, "batched": 0.1})]))
+    assert found == [(CASE, "loop", 0.5)]  # batched runs equal counts only, which skewed routing has not
+
+
+def test_the_command_writes_its_device_and_keeps_the_others(monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(auto_table.GRID, "cpu", [(4, 16, 16, 4)])
+    monkeypatch.setitem(auto_table.HELD_OUT, "cpu", [(6, 16, 16, 4)])
+    path = tmp_path / "table.json"
+    other = {"case": CASE._replace(device="cuda")._asdict(), "ms": {"loop": 1.0}, "on": "a GPU"}
+    path.write_text(json.dumps([other]))
+    assert auto_table.main(["--rounds", "1", "--out", str(path)]) == 0
+    kept, *new = json.loads(path.read_text())
+    assert kept == other
+    assert [(r["case"]["dtype"], r["case"]["grad"], sorted(r["ms"])) for r in new] == [
+        ("float32", False, ["batched", "buffered", "grouped", "loop", "padded"]),
+        ("float32", True, ["buffered", "grouped", "loop", "padded"]),
+        ("bfloat16", False, ["batched", "buffered", "grouped", "loop", "padded"]),
+        ("bfloat16", True, ["buffered", "grouped", "loop", "padded"]),
+    ]
+    assert "4 held-out cases: regret mean" in capsys.readouterr().out
+
+
+def test_the_committed_table_chooses_well_where_it_was_measured():
+    """Each case chosen with its neighbour's help: mean regret over the table's own times, which are fixed."""
+    values = [regret for *_, regret in auto_table.regrets(auto.table())]
+    assert len(values) == 80
+    assert sum(values) / len(values) <= 0.10
