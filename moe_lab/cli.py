@@ -1,4 +1,4 @@
-"""The command line: `moe-lab lab | corpus | train | record | report | bench | sweep | import`.
+"""The command line: `moe-lab lab | corpus | train | record | report | bench | sweep | timeline | import`.
 
 `lab` lives here; every other command is a module of `moe_lab.jobs`, imported only when it is chosen, that
 offers `add_arguments(parser)` and `main(args)`. Bad input is a `ValueError`, shown as a usage error.
@@ -24,6 +24,7 @@ JOBS = {
     "report": "measure a trained model: bits per byte beside gzip, what its experts know of the text",
     "bench": "measure a layer against its dense bound and other libraries",
     "sweep": "measure which backend wins over tokens, experts, top-k and skew",
+    "timeline": "tell waiting from transfer in the profiler traces of all ranks",
     "import": "turn what a run dumped into a trace",
 }
 MODULES = {"import": "importing"}  # where a command cannot be its module's name
