@@ -2,42 +2,33 @@
 
     python -m moe_lab.jobs.exchange_bench --tokens 1024 4096 --dim 256 1024
 
-A round times one after the other, in turns which is first; its time is that of the slowest rank. Experts are left
-out: rows come back as they went. NCCL where each rank has a GPU, else gloo. Needs torchtitan (the `peers` extra).
+A round times ours, torchtitan's, and the exchanges alone of the same rows, in turns which is first; its time is that
+of the slowest rank. Experts are left out: rows come back as they went. NCCL where each rank has a GPU, else gloo.
+Needs torchtitan (the `peers` extra).
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moe_lab import phases
 from moe_lab.config import MoEConfig, RouterConfig
+from moe_lab.jobs.exchange_table import PHASES, PairedTimes, describe, paired, phase_table, save
 from moe_lab.layer.all_to_all import AllToAllTokenDispatcher
 from moe_lab.layer.router import Routing, route
 from moe_lab.parallel.mesh import MeshExchange
 from moe_lab.parallel.ranks import RankPool
-from moe_lab.study.timing import Timing, environment, ratio, summarise
 
 Step = Callable[[Tensor, Routing], Tensor]
-
-
-class PairedTimes(NamedTuple):
-    """Milliseconds of the slowest rank, and the ratio within rounds, each the median with its bootstrap interval."""
-
-    tokens: int
-    dim: int
-    ours: Timing
-    theirs: Timing
-    ratio: Timing
 
 
 def ours(config: MoEConfig, collectives: str = "c10d") -> Step:
@@ -75,68 +66,66 @@ def torchtitans(config: MoEConfig) -> Step:
     return step
 
 
+def exchanges_alone(config: MoEConfig, x_TD: Tensor, routing: Routing) -> Callable[[], Tensor]:
+    """The gather of counts and both exchanges of the same rows, packed beforehand: ours, if the rest took no time."""
+    assert dist.group.WORLD is not None
+    exchange = MeshExchange(dist.group.WORLD, collectives="c10d")
+    dispatcher = AllToAllTokenDispatcher(config, exchange)
+    _, plan = dispatcher.dispatch(x_TD, routing)
+    sent_SD = dispatcher.pack(x_TD, routing, plan)
+
+    def step() -> Tensor:
+        exchange.all_gather(plan.local.counts_E).wait()
+        received_SD = exchange.all_to_all(sent_SD, plan.send_splits, plan.receive_splits).wait()
+        return exchange.all_to_all(received_SD, plan.receive_splits, plan.send_splits).wait()
+
+    return step
+
+
 def rounds(
     tokens: int, dim: int, num_experts: int, top_k: int, num_rounds: int, warmup: int = 5, dtype: str = "float32"
 ) -> dict[str, Any]:
-    """Rank function: seconds of every round, ours and theirs, and the relative difference of their results."""
+    """Rank function: seconds of every round by arm, the relative difference of results, and seconds of our phases.
+
+    Phases are stamped in rounds of their own, where an arm is timed nothing is.
+    """
     on_gpu = dist.get_backend() == "nccl"
     device = torch.device("cuda" if on_gpu else "cpu")
     config = MoEConfig(dim=dim, hidden_dim=1, num_experts=num_experts, top_k=top_k)
-    steps = {"ours": ours(config), "theirs": torchtitans(config)}
     torch.manual_seed(dist.get_rank())
     x_TD = torch.randn(tokens, dim).to(device, getattr(torch, dtype))
     routing = route(torch.randn(tokens, num_experts).to(device), RouterConfig(), top_k)
+    steps = {
+        "ours": partial(ours(config), x_TD, routing),
+        "theirs": partial(torchtitans(config), x_TD, routing),
+        "exchange": exchanges_alone(config, x_TD, routing),
+    }
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     results = {}
+
+    def timed(name: str) -> float:
+        dist.barrier()
+        if on_gpu:
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        results[name] = steps[name]()
+        float(results[name][0, 0])  # awaits a functional collective's result, and the device
+        return time.perf_counter() - start
+
+    found: dict[str, list[float]] = {name: [] for name in ("all", *PHASES)}
     with torch.no_grad():
         for turn in range(warmup + num_rounds):
-            for name in list(steps)[:: 1 if turn % 2 else -1]:
-                dist.barrier()
-                if on_gpu:
-                    torch.cuda.synchronize()
-                start = time.perf_counter()
-                results[name] = steps[name](x_TD, routing)
-                float(results[name][0, 0])  # awaits a functional collective's result, and the device
+            for name in (*steps, *steps)[turn % 3 : turn % 3 + 3]:
+                took = timed(name)
                 if turn >= warmup:
-                    seconds[name].append(time.perf_counter() - start)
+                    seconds[name].append(took)
+        for _ in range(0 if on_gpu else num_rounds):  # on the host only: stamps do not wait for a device
+            with phases.record() as spans:
+                found["all"].append(timed("ours"))
+            for name in PHASES:
+                found[name].append(sum(span.end - span.start for span in spans if span.name == name))
     ours_TD, theirs_TD = (results[name].float() for name in ("ours", "theirs"))
-    return {**seconds, "difference": float((ours_TD - theirs_TD).norm() / ours_TD.norm())}
-
-
-def paired(by_rank: list[dict[str, Any]], tokens: int, dim: int) -> PairedTimes:
-    """From the seconds of every rank's rounds; a round is as slow as its slowest rank."""
-    ours_n, theirs_n = ([1e3 * max(n) for n in zip(*(rank[name] for rank in by_rank))] for name in ("ours", "theirs"))
-    return PairedTimes(tokens, dim, summarise(ours_n), summarise(theirs_n), ratio(ours_n, theirs_n))
-
-
-def describe(times: PairedTimes) -> str:
-    """One line: medians in ms and the ratio, each with its 95 % interval."""
-    cells = [f"T {times.tokens:>5}  D {times.dim:>4}"]
-    for name, of, digits in (("ours", times.ours, 1), ("torchtitan", times.theirs, 1), ("ratio", times.ratio, 3)):
-        cells.append(f"{name} {of.median:.{digits}f} [{of.low:.{digits}f}, {of.high:.{digits}f}]")
-    return "  ".join(cells)
-
-
-def cpu_model() -> str:
-    """What the kernel calls this CPU, and how many cores it lends."""
-    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    names = [line.partition(":")[2].strip() for line in info.splitlines() if line.startswith("model name")]
-    return f"{names[0] if names else 'CPU'}, {os.cpu_count()} cores"
-
-
-def save(path: Path, found: Sequence[PairedTimes], ranks: int, num_rounds: int) -> None:
-    """The measured times as JSON, with the machine, versions and date; `load` reads them."""
-    facts = environment(torch.device("cpu")) | {"device": cpu_model(), "ranks": ranks, "rounds": num_rounds}
-    shapes = [times._asdict() for times in found]
-    path.write_text(json.dumps({"environment": facts, "shapes": shapes}, indent=1) + "\n")
-
-
-def load(path: Path) -> tuple[dict[str, Any], list[PairedTimes]]:
-    """What `save` wrote: the environment, and the times of each shape."""
-    kept = json.loads(path.read_text())
-    rows = kept["shapes"]
-    timings = [{name: Timing(*row[name]) for name in ("ours", "theirs", "ratio")} for row in rows]
-    return kept["environment"], [PairedTimes(r["tokens"], r["dim"], **times) for r, times in zip(rows, timings)]
+    return {"difference": float((ours_TD - theirs_TD).norm() / ours_TD.norm()), "phases": found, **seconds}
 
 
 def main() -> None:
@@ -152,7 +141,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="keep the times in this JSON file")
     args = parser.parse_args()
     budget = 1e-5 if args.dtype == "float32" else 2e-2  # the peer rounds weighted rows, we their sum
-    found = []
+    found: list[PairedTimes] = []
     with RankPool(args.ranks, timeout=900.0) as pool:
         for tokens in args.tokens:
             for dim in args.dim:
@@ -160,6 +149,7 @@ def main() -> None:
                 assert max(rank["difference"] for rank in by_rank) < budget, "the two disagree"
                 found.append(paired(by_rank, tokens, dim))
                 print(describe(found[-1]), flush=True)
+    print(phase_table(found))
     if args.out is not None:
         save(args.out, found, args.ranks, args.rounds)
 
