@@ -83,7 +83,7 @@ def exchanges_alone(config: MoEConfig, x_TD: Tensor, routing: Routing) -> Callab
 
 
 def rounds(
-    tokens: int, dim: int, num_experts: int, top_k: int, num_rounds: int, warmup: int = 5, dtype: str = "float32"
+    tokens: int, dim: int, num_experts: int, top_k: int, num_rounds: int, warmup: int = 20, dtype: str = "float32"
 ) -> dict[str, Any]:
     """Rank function: seconds of every round by arm, the relative difference of results, and seconds of our phases.
 

@@ -40,9 +40,9 @@ def combine_gather_in_pytorch(rows_RD: Tensor, gates_TK: Tensor | None, order_R:
     wide = torch.promote_types(rows_RD.dtype, torch.float32)
     if rows_RD.numel() == 0:
         return rows_RD.new_zeros(num_tokens, rows_RD.shape[1])
-    if rows_RD.device.type == "cpu" and rows_RD.dtype == wide:
-        return _combine_bags(rows_RD, gates_TK, position_TK)
     dropless = position_TK.numel() == order_R.numel()
+    if rows_RD.device.type == "cpu" and rows_RD.dtype == wide:
+        return _combine_bags(rows_RD, gates_TK, position_TK, dropless)
     out_TD = torch.zeros(num_tokens, rows_RD.shape[1], dtype=wide, device=rows_RD.device)
     for k in range(top_k):
         position_T = position_TK[:, k]
@@ -65,9 +65,11 @@ def _(rows_RD: Tensor, gates_TK: Tensor | None, order_R: Tensor, position_TK: Te
     return combine.sum_rows(rows_RD.contiguous(), gates_TK, position_TK.contiguous())
 
 
-def _combine_bags(rows_RD: Tensor, gates_TK: Tensor | None, position_TK: Tensor) -> Tensor:
+def _combine_bags(rows_RD: Tensor, gates_TK: Tensor | None, position_TK: Tensor, dropless: bool) -> Tensor:
     """`embedding_bag` is this very sum in one pass over the rows, where gates share the rows' dtype."""
     weights_TK = torch.ones_like(position_TK, dtype=rows_RD.dtype) if gates_TK is None else gates_TK.to(rows_RD.dtype)
+    if dropless:
+        return F.embedding_bag(position_TK, rows_RD.contiguous(), mode="sum", per_sample_weights=weights_TK)
     kept_TK = position_TK >= 0
     starts_T = torch.zeros(len(position_TK), dtype=torch.int64)
     torch.cumsum(kept_TK[:-1].sum(dim=1), 0, out=starts_T[1:])

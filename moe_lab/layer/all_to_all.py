@@ -91,8 +91,10 @@ class AllToAllTokenDispatcher(LocalTokenDispatcher):
     def dispatching(self, x_TD: Tensor, routing: Routing) -> Program[tuple[Tensor, ExchangePlan]]:
         """`dispatch` as a program."""
         plan = yield from self.planning(routing)
-        sent_SD = self.pack(x_TD, routing, plan)
-        received_SD = yield self.exchange.all_to_all(sent_SD, plan.send_splits, plan.receive_splits)
+        # No name for what is sent: its memory is free as soon as it has arrived, and unpacking takes it.
+        received_SD = yield self.exchange.all_to_all(
+            self.pack(x_TD, routing, plan), plan.send_splits, plan.receive_splits
+        )
         return self.unpack(received_SD, plan), plan
 
     def combining(
@@ -104,8 +106,7 @@ class AllToAllTokenDispatcher(LocalTokenDispatcher):
         x_TD: Tensor | None = None,
     ) -> Program[Tensor]:
         """`combine` as a program."""
-        sent_SD = self.repack(rows_RD, plan)
-        returning = self.exchange.all_to_all(sent_SD, plan.receive_splits, plan.send_splits)
+        returning = self.exchange.all_to_all(self.repack(rows_RD, plan), plan.receive_splits, plan.send_splits)
         shared_TD = shared() if shared is not None else None
         returned_SD = yield returning
         if plan.send_padding is not None:
