@@ -95,7 +95,7 @@ def rounds(
     torch.manual_seed(dist.get_rank())
     x_TD = torch.randn(tokens, dim).to(device, getattr(torch, dtype))
     routing = route(torch.randn(tokens, num_experts).to(device), RouterConfig(), top_k)
-    steps = {
+    steps: dict[str, Callable[[], Tensor]] = {
         "ours": partial(ours(config), x_TD, routing),
         "theirs": partial(torchtitans(config), x_TD, routing),
         "exchange": exchanges_alone(config, x_TD, routing),

@@ -38,10 +38,18 @@ def paired(by_rank: list[dict[str, Any]], tokens: int, dim: int) -> PairedTimes:
     """From the seconds of every rank's rounds; a round is as slow as its slowest rank."""
     arms = ("ours", "theirs", "exchange")
     ours, theirs, exchange = ([1e3 * max(n) for n in zip(*(rank[arm] for rank in by_rank))] for arm in arms)
-    ratios = ratio(ours, theirs), ratio(exchange, theirs)
     stamped = {n: s for n in ("all", *PHASES) if all(s := [rank["phases"][n] for rank in by_rank])}
     phases_ms = {name: 1e3 * mean(map(median, seconds)) for name, seconds in stamped.items()}
-    return PairedTimes(tokens, dim, *map(summarise, (ours, theirs, exchange)), *ratios, phases_ms)
+    return PairedTimes(
+        tokens=tokens,
+        dim=dim,
+        ours=summarise(ours),
+        theirs=summarise(theirs),
+        exchange=summarise(exchange),
+        ratio=ratio(ours, theirs),
+        bound=ratio(exchange, theirs),
+        phases_ms=phases_ms,
+    )
 
 
 def describe(times: PairedTimes) -> str:

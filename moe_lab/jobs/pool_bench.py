@@ -6,7 +6,7 @@ import argparse
 import statistics
 import time
 
-from moe_lab.jobs.exchange_bench import cpu_model
+from moe_lab.jobs.exchange_table import cpu_model
 from moe_lab.parallel.ranks import RankPool
 
 
