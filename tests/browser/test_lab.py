@@ -145,3 +145,18 @@ def test_the_padding_panel_answers_and_ends_where_a_fast_hand_left_it(plans):
     assert "EP 4, 512 tokens a rank" in harness.panel(plans).text
     harness.press(plans, "PNG")
     harness.wait_for_text(plans, "padding.png")
+
+
+@pytest.mark.parametrize("plans", [("08_timing.ipynb", "TimingPanel(")], indirect=True)
+def test_the_timing_panel_runs_when_asked_and_stops_when_told(plans):
+    before, after = harness.move_slider(plans, "skew")
+    assert "skew 0.5" in before.text
+    assert "skew 0.75" in after.text
+    assert before.pictures[0] != after.pictures[0]
+    harness.press(plans, "run")
+    harness.wait_for_text(plans, "4 rounds on")
+    assert harness.panel(plans).pictures[1] != after.pictures[1]
+    harness.screenshot(plans, "08_timing-timed")
+    harness.press(plans, "run")
+    harness.press(plans, "cancel")
+    harness.wait_for_text(plans, "cancelled")
