@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -85,10 +86,11 @@ def test_a_checkpoint_loads_in_one_process_to_the_bit(corpus, unbroken):
     same(jobs.state(trainer), unbroken[1])
 
 
-def test_killed_in_a_save_the_last_checkpoint_is_whole(pool, corpus, unbroken):
+@pytest.mark.parametrize("written", [True, False], ids=["data written", "in the midst of data"])
+def test_killed_in_a_save_the_last_checkpoint_is_whole(pool, corpus, unbroken, written):
     path = unbroken[0] / "checkpoints"
     with pytest.raises(RankError, match="rank 0 failed first:\nprocess died"):
-        pool.run(jobs.killed_in_save, CONFIG, corpus, path, 2)
+        pool.run(jobs.killed_in_save, CONFIG, corpus, path, 2, written)
     assert sorted(p.name for p in path.iterdir()) == ["part-00000099", "step-00000006"]
     same(pool.run(jobs.loaded, CONFIG, corpus, path, 2)[0], unbroken[1])
 
@@ -126,3 +128,30 @@ def test_torchrun_names_a_killed_rank_and_ends_the_rest(corpus, tmp_path):
     assert job.returncode != 0
     assert f"rank      : 1 (local_rank: 1)\n  exitcode  : -9 (pid: {victim.pid})" in error
     assert not any(rank.is_running() for rank in ranks)
+
+
+@pytest.mark.slow
+def test_two_agents_train_as_one_job(corpus, tmp_path):
+    """As on two machines: each torchrun starts a rank of its own."""
+    corpus_path = tmp_path / "corpus.safetensors"
+    save_corpus(corpus, corpus_path)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1"]
+    command += ["--master-addr=127.0.0.1", f"--master-port={port}"]
+    job = ["-m", "moe_lab", "train", "--ep", "2", "--device", "cpu", "--batch", "2", "--steps", "2", "--log-every", "1"]
+    job += ["--corpus", str(corpus_path), "--out", str(tmp_path / "run")]
+    environ = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    agents = [
+        subprocess.Popen([*command, f"--node-rank={node}", *job], env=environ, stderr=subprocess.PIPE, text=True)
+        for node in range(2)
+    ]
+    try:
+        errors = [agent.communicate(timeout=120)[1] for agent in agents]
+    finally:
+        for agent in agents:
+            agent.kill()
+    assert [agent.returncode for agent in agents] == [0, 0], errors
+    assert [line["step"] for line in log(tmp_path / "run")] == [1, 2]
+    assert newest(tmp_path / "run/checkpoints").name == "step-00000002"

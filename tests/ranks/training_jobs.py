@@ -8,6 +8,7 @@ from pathlib import Path
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from sharding_jobs import whole
+from torch.distributed.checkpoint import filesystem
 
 from moe_lab.jobs.train import train
 from moe_lab.jobs.train_distributed import DistributedTrainer, load_checkpoint, newest, save_checkpoint
@@ -35,15 +36,18 @@ def loaded(config, corpus, path, ep):
     return found if dist.get_rank() == 0 else None
 
 
-def killed_in_save(config, corpus, path, ep):
-    """A save that ends with a rank's death once its data are written."""
+def killed_in_save(config, corpus, path, ep, written):
+    """A save that ends with a rank's death: once its data are written, or in the midst of writing them."""
     trainer = DistributedTrainer(config, corpus, "cpu", ep=ep)
-    save = dcp.save
+    room, name = (dcp, "save") if written else (filesystem, "_write_item")
+    act, done = getattr(room, name), []
 
     def die(*args, **kwargs):
-        save(*args, **kwargs)
-        if dist.get_rank() == 0:
+        result = act(*args, **kwargs)
+        done.append(name)
+        if dist.get_rank() == 0 and len(done) == (1 if written else 3):
             os.kill(os.getpid(), signal.SIGKILL)
+        return result
 
-    dcp.save = die
+    setattr(room, name, die)
     save_checkpoint(Path(path), 99, trainer.model, trainer.optimizer, config)
