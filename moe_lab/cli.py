@@ -1,4 +1,4 @@
-"""The command line: `moe-lab lab | corpus | train | record | report | bench | sweep | timeline | import`.
+"""The command line: `moe-lab lab | corpus | train | record | report | bench | sweep | timeline | determinism | import`.
 
 `lab` lives here; every other command is a module of `moe_lab.jobs`, imported only when it is chosen, that
 offers `add_arguments(parser)` and `main(args)`. Bad input is a `ValueError`, shown as a usage error.
@@ -25,6 +25,7 @@ JOBS = {
     "bench": "measure a layer against its dense bound and other libraries",
     "sweep": "measure which backend wins over tokens, experts, top-k and skew",
     "timeline": "tell waiting from transfer in the profiler traces of all ranks",
+    "determinism": "compare a layer's bits in many surroundings, and time batch invariance",
     "import": "turn what a run dumped into a trace",
 }
 MODULES = {"import": "importing"}  # where a command cannot be its module's name

@@ -9,6 +9,7 @@ are treated alike, which tests hold. The same bits, that is, on one machine with
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -100,8 +101,10 @@ def fixed_elementwise(function: Callable[..., Tensor], *tensors_RF: Tensor) -> T
     num_rows, width = tensors_RF[0].shape
     if tensors_RF[0].device.type != "cpu" or not num_rows:
         return function(*tensors_RF)
-    block = BLOCK["cpu"] * width
-    size = BLOCK["cpu"] if block <= SERIAL and block % VECTORS == 0 else 1
-    padding = (0, 0, 0, -num_rows % size)
-    blocks = zip(*(F.pad(tensor_RF, padding).split(size) for tensor_RF in tensors_RF))
-    return torch.cat([function(*block) for block in blocks])[:num_rows]
+    unit = VECTORS // math.gcd(width, VECTORS)  # rows that fill whole vectors
+    size = SERIAL // (unit * width) * unit
+    if not size:
+        unit = size = 1
+    padding = (0, 0, 0, -num_rows % unit)
+    parts = zip(*(F.pad(tensor_RF, padding).split(size) for tensor_RF in tensors_RF))
+    return torch.cat([function(*part) for part in parts])[:num_rows]
