@@ -8,19 +8,26 @@ from __future__ import annotations
 
 import argparse
 import copy
+import hashlib
 import json
 import sys
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from moe_lab import data
 from moe_lab.config import MoEConfig, check_choice
 from moe_lab.jobs.exchange_bench import cpu_model
 from moe_lab.jobs.exchange_runs import page_inputs
 from moe_lab.layer.moe import MoE
+from moe_lab.parallel.ranks import RankPool
+from moe_lab.parallel.virtual import VirtualRanks
+from moe_lab.parallel.wire import wire
 from moe_lab.study import timing
 from moe_lab.study.determinism import Difference, Ladder, arms_on, climb, make_arm
 
@@ -44,6 +51,37 @@ class Price(NamedTuple):
     ratio: float
     low: float
     high: float
+
+
+def on_rank(layer: int, arm: str, tokens: int) -> str:
+    """Rank function: the bits, as a hash, of this rank's output and input gradient over its share of the tokens."""
+    moe, x_TD = page_inputs(layer)
+    moe = wire(make_arm(moe, arm).moe, dist.group.WORLD)
+    x_TD = x_TD[:tokens].tensor_split(dist.get_world_size())[dist.get_rank()].clone().requires_grad_()
+    out_TD = moe(x_TD)
+    return _bits_of(out_TD, *torch.autograd.grad(out_TD.sum(), x_TD))
+
+
+def real_ranks(pool: RankPool, layer: int, arms: Sequence[str], tokens: int) -> dict[str, bool]:
+    """By arm, whether every real rank has the bits of its virtual one. Both sides run on one thread."""
+    moe, x_TD = page_inputs(layer)
+    before, same = torch.get_num_threads(), {}
+    torch.set_num_threads(1)
+    try:
+        for arm in arms:
+            xs = [part.clone().requires_grad_() for part in x_TD[:tokens].tensor_split(pool.size)]
+            outs = VirtualRanks(make_arm(moe, arm).moe, pool.size)(xs)
+            grads = torch.autograd.grad(torch.stack([out.sum() for out in outs]).sum(), xs)
+            virtual = [_bits_of(out, grad) for out, grad in zip(outs, grads)]
+            same[arm] = pool.run(on_rank, layer, arm, tokens) == virtual
+    finally:
+        torch.set_num_threads(before)
+    return same
+
+
+def _bits_of(*tensors: Tensor) -> str:
+    parts = (t.detach().contiguous().view(torch.uint8).numpy().tobytes() for t in tensors)
+    return hashlib.sha256(b"".join(parts)).hexdigest()
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -140,6 +178,31 @@ def _step(moe: MoE, x_TD: Tensor, direction: str) -> None:
     x_TD = x_TD.detach().requires_grad_()
     out_TD = moe(x_TD)
     torch.autograd.grad(out_TD, (x_TD, *moe.parameters()), torch.ones_like(out_TD))
+
+
+class Recorded(NamedTuple):
+    """What one machine gave: its environment, a ladder a dtype, prices."""
+
+    environment: dict[str, str]
+    ladders: list[Ladder]
+    prices: list[Price]
+
+
+def recorded() -> list[Recorded]:
+    """The shipped results, `data/determinism.json`, machine by machine."""
+    stored = json.loads((data.root() / "determinism.json").read_text())
+    return [
+        Recorded(m["environment"], list(map(_ladder, m["ladders"])), [Price(**price) for price in m["prices"]])
+        for m in stored["machines"]
+    ]
+
+
+def _ladder(stored: dict[str, Any]) -> Ladder:
+    cells = {
+        arm: {question: None if found is None else Difference(**found) for question, found in cell.items()}
+        for arm, cell in stored["cells"].items()
+    }
+    return Ladder(**stored | {"cells": cells})
 
 
 def _plain(ladder: Ladder) -> dict[str, Any]:

@@ -180,8 +180,9 @@ def _by_row(seen: Products, ends_E: Tensor) -> list[Tensor]:
 
 
 def _note_routing(stages: Stages, routings: Sequence[Routing]) -> None:
-    logits, scores, ids = (torch.cat([r[i] for r in routings]) for i in (3, 2, 1))
-    stages |= {"router logits": (logits,), "scores": (scores,), "choice": (ids,)}
+    stages["router logits"] = (torch.cat([r.logits_TE for r in routings]),)
+    stages["scores"] = (torch.cat([r.scores_TE for r in routings]),)
+    stages["choice"] = (torch.cat([r.expert_ids_TK for r in routings]),)
 
 
 def _note_products(stages: Stages, products: Sequence[Tensor], out_TKD: Tensor) -> None:
