@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from moe_lab import MoE, MoEConfig
 from moe_lab.config import RouterConfig
-from moe_lab.kernels.blocks import BLOCK, fixed_elementwise, fixed_linear, fixed_linear_op
+from moe_lab.kernels.blocks import BLOCK, fixed_elementwise, fixed_linear, fixed_linear_op, vector_rows
 from moe_lab.layer.activations import clamped_swiglu, swiglu
 from moe_lab.layer.router import score
 from moe_lab.parallel.virtual import VirtualRanks
@@ -41,18 +41,23 @@ def test_rows_of_a_product_do_not_feel_each_other(sizes, dtype, threads):
     assert torch.equal(fixed_linear(x_RI[order], weight_OI), whole_RO[order])
 
 
-@pytest.mark.parametrize("width", [1, 36, 64, 1100])
+@pytest.mark.parametrize("width", [1, 36, 64, 1100, 2049])
 @pytest.mark.parametrize("name", ["swiglu", "clamped_swiglu", "sigmoid", "sqrt_softplus", "softmax"])
 def test_elements_do_not_feel_each_other(name, width, threads):
     one = {
         "swiglu": lambda x: swiglu(x, x),
         "clamped_swiglu": lambda x: clamped_swiglu(x, x),
     }.get(name) or partial(score, score_func=name)
-    x_RF = drawn(71, width)
+    x_RF = drawn(1200, width)
     whole_RF = fixed_elementwise(one, x_RF)
     for start, size in ((40, 1), (40, 7), (33, 32)):
         assert torch.equal(fixed_elementwise(one, x_RF[start : start + size]), whole_RF[start : start + size])
     assert torch.equal(fixed_elementwise(one, x_RF.flip(0)), whole_RF.flip(0))
+
+
+@pytest.mark.parametrize(("width", "rows"), [(64, 1), (128, 1), (40, 8), (36, 16), (1, 64), (512, 1), (2049, 1)])
+def test_rows_that_fill_vectors_by_hand(width, rows):
+    assert vector_rows(width) == rows
 
 
 @pytest.mark.parametrize("rows", [0, 1, BLOCK["cpu"], 71])
@@ -90,8 +95,9 @@ LAYERS = {
 }
 
 
-@pytest.mark.parametrize("name", LAYERS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("name", "dtype"), [*((name, torch.float32) for name in LAYERS), ("shared gate", torch.bfloat16)], ids=str
+)
 def test_a_token_has_the_same_bits_alone_in_seven_and_in_4096(name, dtype):
     moe = invariant(**LAYERS[name]).to(dtype)
     x_TD = drawn(4096, 48, dtype=dtype).requires_grad_()

@@ -101,10 +101,14 @@ def fixed_elementwise(function: Callable[..., Tensor], *tensors_RF: Tensor) -> T
     num_rows, width = tensors_RF[0].shape
     if tensors_RF[0].device.type != "cpu" or not num_rows:
         return function(*tensors_RF)
-    unit = VECTORS // math.gcd(width, VECTORS)  # rows that fill whole vectors
-    size = SERIAL // (unit * width) * unit
-    if not size:
-        unit = size = 1
+    unit = vector_rows(width)
+    size = max(1, SERIAL // (unit * width) * unit) if unit * width % VECTORS == 0 else 1
     padding = (0, 0, 0, -num_rows % unit)
     parts = zip(*(F.pad(tensor_RF, padding).split(size) for tensor_RF in tensors_RF))
     return torch.cat([function(*part) for part in parts])[:num_rows]
+
+
+def vector_rows(width: int) -> int:
+    """Rows that fill whole vectors on the CPU, to a multiple of which rows are padded; 1 where that is too many."""
+    rows = VECTORS // math.gcd(width, VECTORS)
+    return rows if rows * width <= SERIAL else 1

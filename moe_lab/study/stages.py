@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from moe_lab.kernels.blocks import BLOCK
+from moe_lab.kernels.blocks import vector_rows
 from moe_lab.layer.activations import ACTIVATIONS
 from moe_lab.layer.backends import BACKENDS, ROUTED
 from moe_lab.layer.backends.weights import Biases, Weights
@@ -163,7 +163,7 @@ def _recording(activation: Callable[[Tensor, Tensor], Tensor], seen: Products) -
 
 
 def _by_row(seen: Products, ends_E: Tensor) -> list[Tensor]:
-    """Gate, up and hidden values (R, F), whether a backend computed rows, padded experts or whole blocks."""
+    """Gate, up and hidden values (R, F), whether a backend computed rows, padded experts or whole vectors."""
     counts_E = ends_E.diff(prepend=ends_E.new_zeros(1)).long()
     if not seen:
         return []
@@ -172,7 +172,7 @@ def _by_row(seen: Products, ends_E: Tensor) -> list[Tensor]:
     elif sum(len(gate) for gate, _, _ in seen) == int(ends_E[-1]):
         room_E = counts_E
     else:
-        size = BLOCK[ends_E.device.type]
+        size = vector_rows(seen[0][0].shape[1])
         room_E = -(-counts_E // size) * size
     shift_E = (room_E.cumsum(0) - room_E) - (ends_E - counts_E)
     row_R = torch.arange(int(ends_E[-1]), device=ends_E.device) + shift_E.repeat_interleave(counts_E)

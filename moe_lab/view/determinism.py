@@ -100,8 +100,8 @@ def ladder_figure(ladder: Ladder) -> Figure:
                 _cell(axes, x, y, ladder.cells[arm][question])
         for spine in axes.spines.values():
             spine.set_visible(False)
-        note = "✓ same bits, gradients too · grey: only weights' gradients differ, which are sums over tokens"
-        drawn.text(LEFT / WIDTH, 10 / height, f"{note} · size in ULPs of float64's", color=MUTED)
+        note = "✓ same bits, gradients too · grey: only gradients of weights (dW), sums over tokens"
+        drawn.text(LEFT / WIDTH, 10 / height, f"{note} · under a stage: size in ULPs", color=MUTED)
     return drawn
 
 
