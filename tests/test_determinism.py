@@ -135,12 +135,17 @@ def test_the_command_writes_what_the_page_reads(tmp_path, monkeypatch, capsys):
     parser = argparse.ArgumentParser()
     job.add_arguments(parser)
     path = tmp_path / "determinism.json"
+    monkeypatch.setattr(job, "cpu_model", lambda: "this")
+    names = ("other", f"this, {torch.get_num_threads()} threads")
+    other, same = ({"environment": {"device": name}, "ladders": [], "prices": []} for name in names)
+    path.write_text(json.dumps({"format": job.FORMAT, "machines": [same, other]}))
     job.main(parser.parse_args(["--tokens", "32", "--rounds", "1", "--json", str(path)]))
     assert "blocked, batch_invariant" in capsys.readouterr().out
     assert json.loads(path.read_text())["format"] == job.FORMAT
     (tmp_path / "README.md").touch()
     monkeypatch.setattr(data, "root", lambda: tmp_path)
-    (machine,) = job.recorded()
+    kept, machine = job.recorded()  # in place of what was there of this machine
+    assert kept.environment == {"device": "other"}
     assert [ladder.dtype for ladder in machine.ladders] == ["float32", "bfloat16"]
     last = str(view.LadderText(machine.ladders[0])).splitlines()[-1]
     assert last.split() == ["blocked,", "batch_invariant", "same", "same"]

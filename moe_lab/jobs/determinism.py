@@ -91,7 +91,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=int, default=TOKENS, help="of the shipped text (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=15, help="of timing (default: %(default)s)")
     parser.add_argument("--skip", choices=("bits", "price"), help="leave one half out")
-    parser.add_argument("--json", type=Path, help="write the results here")
+    parser.add_argument("--json", type=Path, help="write the results here, beside other machines'")
 
 
 def main(args: argparse.Namespace) -> None:
@@ -110,7 +110,14 @@ def main(args: argparse.Namespace) -> None:
             "ladders": list(map(_plain, ladders)),
             "prices": [p._asdict() for p in prices],
         }
-        args.json.write_text(json.dumps({"format": FORMAT, "machines": [result]}, indent=1) + "\n")
+        _write(args.json, result)
+
+
+def _write(path: Path, result: dict[str, Any]) -> None:
+    """Put one machine's results into a file, in place of what it held of a machine of that name."""
+    others = json.loads(path.read_text())["machines"] if path.exists() else []
+    others = [other for other in others if other["environment"]["device"] != result["environment"]["device"]]
+    path.write_text(json.dumps({"format": FORMAT, "machines": [*others, result]}, indent=1) + "\n")
 
 
 def _bits(args: argparse.Namespace, device: torch.device, dtype: str) -> list[Ladder]:
