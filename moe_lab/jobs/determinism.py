@@ -22,8 +22,8 @@ from torch import Tensor
 
 from moe_lab import data
 from moe_lab.config import MoEConfig, check_choice
-from moe_lab.jobs.exchange_bench import cpu_model
 from moe_lab.jobs.exchange_runs import page_inputs
+from moe_lab.jobs.exchange_table import cpu_model
 from moe_lab.layer.moe import MoE
 from moe_lab.parallel.ranks import RankPool
 from moe_lab.parallel.virtual import VirtualRanks
