@@ -7,6 +7,7 @@ from pathlib import Path
 import jaxtyping
 import pytest
 import torch
+from torch.distributed._composable import checkpoint
 
 from moe_lab.jobs.corpus_file import Corpus, Split
 from moe_lab.jobs.evaluate import as_tensor
@@ -50,6 +51,25 @@ def test_resumed_equals_unbroken_to_the_bit(corpus, tmp_path):
         [{k: v for k, v in line.items() if k != "seconds"} for line in lines(tmp_path / run)] for run in "ab"
     ]
     assert without_time[0] == without_time[1]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_micro_batches_are_one_step(corpus, checkpointing):
+    """The mean over them, the balancing bias moved once by all, recompute not counted."""
+    config = dataclasses.replace(CONFIG, z_coeff=0.1)
+    whole = Trainer(config, corpus, "cpu")
+    parts = Trainer(dataclasses.replace(config, accumulate=4), corpus, "cpu")
+    if checkpointing:
+        for block in parts.model.blocks:
+            checkpoint(block)
+    expected, found = whole.advance(), parts.advance()
+    assert found.losses.cross_entropy == pytest.approx(expected.losses.cross_entropy.item(), rel=1e-6)
+    assert found.losses.auxiliary == pytest.approx(expected.losses.auxiliary.item(), rel=1e-6)
+    assert found.grad_norm == pytest.approx(expected.grad_norm.item(), rel=1e-5)
+    assert torch.equal(found.counts_LE, expected.counts_LE)
+    for a, b in zip(parts.model.moe_layers, whole.model.moe_layers, strict=True):
+        assert torch.equal(a.expert_bias_E, b.expert_bias_E)
+        assert a.expert_bias_E.abs().max() == pytest.approx(1e-3, rel=0.5)  # one step, not four
 
 
 def test_the_log_has_a_line_an_interval(corpus, tmp_path):
@@ -157,7 +177,8 @@ def test_too_little_text_is_refused(corpus):
 
 
 @pytest.mark.parametrize(
-    "change", [{"steps": 0}, {"dtype": "int8"}, {"learning_rate": float("nan")}, {"z_coeff": -1.0}]
+    "change",
+    [{"steps": 0}, {"dtype": "int8"}, {"learning_rate": float("nan")}, {"z_coeff": -1.0}, {"accumulate": 3}],
 )
 def test_bad_settings_are_refused_by_name(change):
     with pytest.raises(ValueError, match=next(iter(change))):

@@ -43,6 +43,9 @@ class TrainConfig:
     summed over layers: the switch loss over a step's tokens, over each crop and then averaged, and the z-loss. The
     balancing bias and drops over capacity are settings of the model's layers.
 
+    `accumulate`: micro-batches that a step's batch is taken in, one after another; losses are of each, averaged.
+    The balancing bias moves once a step, by all of them.
+
     `log_every` steps make one line of the log; `save_every` steps one checkpoint and one held-out evaluation
     over `eval_files` files a domain.
     """
@@ -50,6 +53,7 @@ class TrainConfig:
     model: LMConfig = SMALL
     steps: int = 1000
     batch: int = 16
+    accumulate: int = 1
     learning_rate: float = 3e-3
     warmup: int = 100
     weight_decay: float = 0.1
@@ -65,8 +69,10 @@ class TrainConfig:
     eval_files: int = 4
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "warmup", "log_every", "save_every", "eval_files"):
+        for name in ("steps", "batch", "accumulate", "warmup", "log_every", "save_every", "eval_files"):
             check_int(name, getattr(self, name), 1)
+        if self.batch % self.accumulate:
+            raise ValueError(f"accumulate={self.accumulate} must divide batch={self.batch}")
         check_choice("dtype", self.dtype, DTYPES)
         if not 0 < self.learning_rate < math.inf:
             raise ValueError(f"learning_rate={self.learning_rate!r} must be a positive number")
@@ -196,9 +202,8 @@ class Trainer:
         self.model.train()
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.rate(self.step)
-        losses = self.losses(self.batch(self.step))
         self.optimizer.zero_grad(set_to_none=True)
-        (losses.cross_entropy + losses.auxiliary).backward()
+        losses = self.gradients(self.batch(self.step))
         norm = self.clip()
         if not norm.isfinite():
             raise TrainingDiverged(
@@ -208,7 +213,16 @@ class Trainer:
         self.optimizer.step()
         counts_LE = self.balance()
         self.step += 1
-        return Step(Losses(*(loss.detach() for loss in losses)), norm.detach(), counts_LE)
+        return Step(losses, norm.detach(), counts_LE)
+
+    def gradients(self, bytes_BL: Tensor) -> Losses:
+        """Those of the mean over micro-batches, added to the weights'; that mean."""
+        parts = []
+        for part_BL in bytes_BL.chunk(self.config.accumulate):
+            losses = self.losses(part_BL)
+            ((losses.cross_entropy + losses.auxiliary) / self.config.accumulate).backward()
+            parts.append([loss.detach() for loss in losses])
+        return Losses(*(torch.stack(values).mean() for values in zip(*parts)))
 
     def clip(self) -> Tensor:
         """The gradient's norm, which is then at most `config.clip`."""
@@ -328,10 +342,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(f"--{name}-coeff", type=float, default=0.0, help=f"weight of the {name} loss of each layer")
     parser.add_argument("--backend", default=SMALL.moe.backend, help="how expert products are computed")
     parser.add_argument("--ep", type=int, default=1, help="ranks that share the experts, under torchrun")
+    parser.add_argument("--sp", type=int, default=1, help="ranks that share each sequence, under torchrun")
     parser.add_argument("--checkpointing", action="store_true", help="run blocks again in backward, under torchrun")
     parser.add_argument("--compile", action="store_true", help="compile the loss")
     parser.add_argument("--dtype", default=default.dtype, choices=tuple(DTYPES))
-    for name in ("steps", "batch", "warmup", "seed", "log-every", "save-every"):
+    for name in ("steps", "batch", "accumulate", "warmup", "seed", "log-every", "save-every"):
         parser.add_argument(f"--{name}", type=int, default=getattr(default, name.replace("-", "_")))
     parser.add_argument("--learning-rate", type=float, default=default.learning_rate)
 
@@ -350,6 +365,7 @@ def main(args: argparse.Namespace) -> None:
     names = (
         "steps",
         "batch",
+        "accumulate",
         "warmup",
         "seed",
         "log_every",
@@ -366,11 +382,11 @@ def main(args: argparse.Namespace) -> None:
     if "RANK" in os.environ:
         from moe_lab.jobs.train_distributed import train_on_ranks
 
-        options = {"ep": args.ep, "checkpointing": args.checkpointing, "resume": args.resume}
+        options = {"ep": args.ep, "sp": args.sp, "checkpointing": args.checkpointing, "resume": args.resume}
         train_on_ranks(config, corpus, args.out, device=args.device, **options)
         return
-    if args.ep != 1 or args.checkpointing:
-        raise ValueError("ep and checkpointing are for many ranks: start with torchrun -m moe_lab train")
+    if args.ep != 1 or args.sp != 1 or args.checkpointing:
+        raise ValueError("ep, sp and checkpointing are for many ranks: start with torchrun -m moe_lab train")
     trainer = train(config, corpus, args.out, device=args.device, resume=args.resume)
     trainer.model.save(args.out / "lm")
     # What is reported is what was saved: rounded weights, float32 arithmetic.

@@ -1,6 +1,6 @@
 """The trainer on many ranks: its share of each batch, weights cut over ranks, checkpoints that any layout reads.
 
-    torchrun --nproc-per-node 4 -m moe_lab train --ep 2 --corpus corpus.safetensors --out run
+    torchrun --nproc-per-node 4 -m moe_lab train --ep 2 --sp 2 --corpus corpus.safetensors --out run
 
 A checkpoint is a folder of `torch.distributed.checkpoint`, whose metadata is a pickle: load only your own.
 """
@@ -27,28 +27,37 @@ from moe_lab.jobs.corpus_file import Corpus
 from moe_lab.jobs.train import DTYPES, Groups, Losses, Step, TrainConfig, Trainer, auxiliary_loss, train
 from moe_lab.models.lm import MoELM
 from moe_lab.parallel.ranks import choose_backend
+from moe_lab.parallel.sequence import MeshShard
 from moe_lab.parallel.sharding import clip_grad_norm, make_mesh, shard_moe, update_biases
 
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)  # by name, so that groups may differ between layouts
 
 
 class DistributedTrainer(Trainer):
-    """One rank's part of a run. `config.batch` is that of all ranks; auxiliary losses are of each rank's share."""
+    """One rank's part of a run. `config.batch` is that of all ranks; auxiliary losses are of each rank's share.
+
+    Over `sp` ranks share their sequences: each has some positions of all of them.
+    """
 
     checkpoint = "checkpoints"
 
     def __init__(
-        self, config: TrainConfig, corpus: Corpus, device: str, *, ep: int, checkpointing: bool = False
+        self, config: TrainConfig, corpus: Corpus, device: str, *, ep: int, sp: int = 1, checkpointing: bool = False
     ) -> None:
-        self.rank, self.size = dist.get_rank(), dist.get_world_size()
-        if config.batch % self.size:
-            raise ValueError(f"batch={config.batch} must divide over {self.size} ranks")
+        self.size = dist.get_world_size()
+        self.mesh = make_mesh(ep, sp, device=torch.device(device).type)
+        self.shares = self.size // sp
+        if config.batch % (self.shares * config.accumulate):
+            over = f"{self.shares} ranks" if sp == 1 else f"{self.shares} groups of sp={sp} ranks"
+            micro = f" and accumulate={config.accumulate}" if config.accumulate > 1 else ""
+            raise ValueError(f"batch={config.batch} must divide over {over}{micro}")
         if config.compile:
             raise ValueError("compile=True is for one process: many ranks run uncompiled")
-        self.mesh = make_mesh(ep, device=torch.device(device).type)
+        if config.sequence_coeff and sp > 1:
+            raise ValueError(f"sequence_coeff={config.sequence_coeff} is of whole sequences: sp={sp} must be 1")
         self.checkpointing = checkpointing
         super().__init__(config, corpus, device)
-        self.leads = self.rank == 0
+        self.leads = dist.get_rank() == 0
 
     def spread(self, model: MoELM) -> MoELM:
         """Cut over the mesh."""
@@ -63,15 +72,32 @@ class DistributedTrainer(Trainer):
         return [part for part in parts if part[0]]
 
     def batch(self, step: int) -> Tensor:
-        """This rank's share of the crops that one process would draw."""
-        return super().batch(step).chunk(self.size)[self.rank]
+        """This rank's share of the crops that one process would draw; whole, also where positions are cut."""
+        share = self.mesh.get_local_rank("dp") * self.mesh["ep"].size() + self.mesh.get_local_rank("ep")
+        return super().batch(step).chunk(self.shares)[share]
 
     def _losses(self, bytes_BL: Tensor) -> Losses:
         self._routings.clear()
-        logits_BLV = self.model(bytes_BL[:, :-1])
+        inputs_BL, targets_BL = bytes_BL[:, :-1], bytes_BL[:, 1:]
+        if self.mesh["sp"].size() > 1:
+            return self._losses_of_positions(inputs_BL, targets_BL)
+        logits_BLV = self.model(inputs_BL)
         auxiliary = auxiliary_loss(self.config, self._routings, len(bytes_BL))
         self._routings.clear()
-        return Losses(F.cross_entropy(logits_BLV.flatten(0, 1).float(), bytes_BL[:, 1:].flatten()), auxiliary)
+        return Losses(F.cross_entropy(logits_BLV.flatten(0, 1).float(), targets_BL.flatten()), auxiliary)
+
+    def _losses_of_positions(self, inputs_BL: Tensor, targets_BL: Tensor) -> Losses:
+        """Of this rank's positions, weighted so that their mean over ranks is that over all tokens."""
+        part = MeshShard.of(self.mesh["sp"], *inputs_BL.shape)
+        logits_tV = part.real(self.model(part.cut(inputs_BL), part)).float()
+        targets_t = part.cut(targets_BL).flatten()[part.valid_T.to(targets_BL.device)]
+        weight = part.size / targets_BL.numel()  # of a token: ranks have unequal numbers of them
+        summed = F.cross_entropy(logits_tV, targets_t, reduction="sum")
+        auxiliary = summed.new_zeros(())
+        if len(targets_t):
+            auxiliary = len(targets_t) * weight * auxiliary_loss(self.config, self._routings, len(inputs_BL))
+        self._routings.clear()
+        return Losses(weight * summed, auxiliary)
 
     def advance(self) -> Step:
         """One optimizer step of all ranks; its losses are means over them."""
@@ -141,11 +167,11 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optim
 
 
 def train_on_ranks(
-    config: TrainConfig, corpus: Corpus, out: Path, *, device: str, ep: int, checkpointing: bool, resume: bool
+    config: TrainConfig, corpus: Corpus, out: Path, *, device: str, ep: int, sp: int, checkpointing: bool, resume: bool
 ) -> None:
     """One rank of `torchrun -m moe_lab train`: checkpoints and, from rank 0, log and progress in `out`."""
     with joined(device) as mine:
-        make = partial(DistributedTrainer, ep=ep, checkpointing=checkpointing)
+        make = partial(DistributedTrainer, ep=ep, sp=sp, checkpointing=checkpointing)
         train(config, corpus, out, device=mine, resume=resume, make=make)
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from moe_lab.config import Backend, MoEConfig, RouterConfig, check_int
 from moe_lab.layer.moe import MoE
+from moe_lab.parallel.sequence import MeshShard
 
 VOCAB = 256
 SHARD_BYTES = 15 * 2**20
@@ -73,20 +74,26 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim, bias=False)
         self.out = nn.Linear(dim, dim, bias=False)
 
-    def forward(self, x_BLD: Float[Tensor, "B L D"], rotary: Float[Tensor, "2 L h"]) -> Float[Tensor, "B L D"]:
-        """(B, L, D) -> (B, L, D); `rotary` holds cosine and sine (2, L, head/2)."""
+    def forward(
+        self, x_BLD: Float[Tensor, "B L D"], rotary: Float[Tensor, "2 L h"], part: MeshShard | None = None
+    ) -> Float[Tensor, "B L D"]:
+        """(B, L, D) -> (B, L, D); `rotary` holds cosine and sine (2, L, head/2). `part`: as of the model."""
         qkv = self.qkv(x_BLD).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         q, k, v = qkv.unbind(0)
         head = (q.shape[-1],)
         q, k = (rotate(F.rms_norm(t, head), rotary) for t in (q, k))
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        if part is None:
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        else:
+            k, v = part.gather(torch.stack((k, v)))
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=part.sees_lL(x_BLD.device))
         return self.out(y.transpose(1, 2).flatten(2))
 
 
-def rotary_table(length: int, head_dim: int, device: torch.device) -> Float[Tensor, "2 L h"]:
-    """Cosine and sine of position * 10000^(-2i/head_dim) (RoPE, arXiv:2104.09864, equation 15), float32."""
+def rotary_table(length: int, head_dim: int, device: torch.device, start: int = 0) -> Float[Tensor, "2 L h"]:
+    """Cosine and sine of position * 10000^(-2i/head_dim), from `start` (RoPE, arXiv:2104.09864, eq. 15), float32."""
     exponent = torch.arange(0, head_dim, 2, device=device) / head_dim
-    angle = torch.arange(length, device=device)[:, None] * 10000.0**-exponent
+    angle = torch.arange(start, start + length, device=device)[:, None] * 10000.0**-exponent
     return torch.stack((angle.cos(), angle.sin()))
 
 
@@ -107,10 +114,11 @@ class Block(nn.Module):
         self.moe_norm = nn.RMSNorm(config.moe.dim, eps=1e-6)
         self.moe = MoE(config.moe)
 
-    def forward(self, x_BLD: Tensor, rotary: Tensor) -> Tensor:
-        """(B, L, D) -> (B, L, D)."""
-        x_BLD = x_BLD + self.attention(self.attention_norm(x_BLD), rotary)
-        return x_BLD + self.moe(self.moe_norm(x_BLD))
+    def forward(self, x_BLD: Tensor, rotary: Tensor, part: MeshShard | None = None) -> Tensor:
+        """(B, L, D) -> (B, L, D). `part`: as of the model."""
+        x_BLD = x_BLD + self.attention(self.attention_norm(x_BLD), rotary, part)
+        rows_BLD = self.moe_norm(x_BLD)
+        return x_BLD + (self.moe(rows_BLD) if part is None else part.run(self.moe, rows_BLD))
 
 
 class MoELM(nn.Module):
@@ -140,15 +148,19 @@ class MoELM(nn.Module):
         """The MoE of each block, in order."""
         return [block.moe for block in self.blocks]  # type: ignore[misc]
 
-    def forward(self, bytes_BL: Int[Tensor, "B L"]) -> Float[Tensor, "B L V"]:
-        """Byte values (B, L), int64 -> logits (B, L, 256) of byte l + 1. `ValueError` beyond `max_length`."""
-        length = bytes_BL.shape[1]
+    def forward(self, bytes_BL: Int[Tensor, "B L"], part: MeshShard | None = None) -> Float[Tensor, "B L V"]:
+        """Byte values (B, L), int64 -> logits (B, L, 256) of byte l + 1. `ValueError` beyond `max_length`.
+
+        `part`: bytes are this rank's of longer sequences, as `part.cut` gives them, and so are the logits.
+        """
+        length = bytes_BL.shape[1] if part is None else part.length
         if length > self.config.max_length:
             raise ValueError(f"sequence of {length} bytes: at most max_length={self.config.max_length}")
         x_BLD = self.embedding(bytes_BL)
-        rotary = rotary_table(length, self.config.moe.dim // self.config.num_heads, bytes_BL.device)
+        head_dim, start = self.config.moe.dim // self.config.num_heads, 0 if part is None else part.start
+        rotary = rotary_table(bytes_BL.shape[1], head_dim, bytes_BL.device, start)
         for block in self.blocks:
-            x_BLD = block(x_BLD, rotary)
+            x_BLD = block(x_BLD, rotary, part)
         return self.head(self.norm(x_BLD))
 
     def save(self, folder: Path, dtype: torch.dtype = torch.bfloat16) -> list[Path]:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+import torch.distributed as dist
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from moe_lab.config import check_int
 from moe_lab.kernels.permute import permute_rows
@@ -38,30 +42,35 @@ class SequenceShard:
         """Positions of each sequence in a shard, padding included, l."""
         return -(-self.length // self.size)
 
+    @property
+    def start(self) -> int:
+        """The first position here."""
+        return self.rank * self.local_length
+
     @cached_property
     def valid_T(self) -> Bool[Tensor, " T"]:
         """Which of the shard's B*l tokens are real."""
-        position_l = self.rank * self.local_length + torch.arange(self.local_length)
+        position_l = self.start + torch.arange(self.local_length)
         return (position_l < self.length).repeat(self.batch)
 
     @cached_property
     def index_T(self) -> Int[Tensor, " T"]:
         """Where each of the shard's tokens lies in the whole batch: batch * L + offset + position; -1 for padding."""
         start_B = torch.arange(self.batch) * self.length
-        index_Bl = start_B[:, None] + self.rank * self.local_length + torch.arange(self.local_length)
+        index_Bl = start_B[:, None] + self.start + torch.arange(self.local_length)
         return torch.where(self.valid_T, index_Bl.flatten(), -1)
 
-    def cut(self, x_BLD: Float[Tensor, "B L D"]) -> Float[Tensor, "B l D"]:
+    def cut(self, x_BL: Shaped[Tensor, "B L *D"]) -> Shaped[Tensor, "B l *D"]:
         """This rank's shard, zeros where there is no token. `ValueError` for another batch or length."""
-        if x_BLD.shape[:2] != (self.batch, self.length):
-            raise ValueError(f"x is {tuple(x_BLD.shape)}: must be ({self.batch}, {self.length}, D)")
-        real_T = self.index_T.clamp(min=0).to(x_BLD.device)
-        rows_TD = x_BLD.flatten(0, 1)[real_T] if self.length else x_BLD.new_zeros(0, x_BLD.shape[2])
-        valid_T1 = self.valid_T.to(x_BLD.device)[:, None]
-        return torch.where(valid_T1, rows_TD, 0).view(self.batch, self.local_length, x_BLD.shape[2])
+        if x_BL.shape[:2] != (self.batch, self.length):
+            raise ValueError(f"x is {tuple(x_BL.shape)}: must be ({self.batch}, {self.length}, D)")
+        here_BL = x_BL[:, self.start : self.start + self.local_length]
+        out_Bl = x_BL.new_zeros(self.batch, self.local_length, *x_BL.shape[2:])
+        out_Bl[:, : here_BL.shape[1]] = here_BL
+        return out_Bl
 
     def real(self, x_BlD: Float[Tensor, "B l D"]) -> Float[Tensor, "t D"]:
-        """The shard's real tokens in a row."""
+        """The shard's real tokens, one a row."""
         keep_t, back_T = self._keep(x_BlD.device)
         return permute_rows(x_BlD.flatten(0, 1), keep_t, back_T)
 
@@ -79,6 +88,46 @@ class SequenceShard:
         back_T = torch.full_like(self.index_T, -1)
         back_T[keep_t] = torch.arange(len(keep_t))
         return keep_t.to(device), back_T.to(device)
+
+
+@dataclass(frozen=True)
+class MeshShard(SequenceShard):
+    """A shard whose sequences go on on the ranks of `group`, which all call `gather`."""
+
+    group: dist.ProcessGroup
+
+    @classmethod
+    def of(cls, mesh: DeviceMesh, batch: int, length: int) -> MeshShard:
+        """This rank's part of B sequences of L tokens on a one-dimensional mesh."""
+        return cls(batch, length, mesh.size(), mesh.get_local_rank(), mesh.get_group())
+
+    def gather(self, x_HlD: Float[Tensor, "*H l D"]) -> Float[Tensor, "*H L D"]:
+        """All positions of what each rank has of its own. Gradients are summed where the positions are."""
+        return _Gather.apply(x_HlD, self)
+
+    def sees_lL(self, device: torch.device) -> Bool[Tensor, "l L"]:
+        """Which positions of the whole sequence each one here may look at: itself and those before."""
+        position_l = self.start + torch.arange(self.local_length, device=device)
+        return position_l[:, None] >= torch.arange(self.length, device=device)
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_HlD: Tensor, shard: MeshShard) -> Tensor:
+        ctx.shard = shard
+        x_HlD = x_HlD.contiguous()
+        parts = [torch.empty_like(x_HlD) for _ in range(shard.size)]
+        dist.all_gather(parts, x_HlD, group=shard.group)
+        return torch.cat(parts, dim=-2)[..., : shard.length, :]
+
+    @staticmethod
+    def backward(ctx: Any, grad_HLD: Tensor) -> tuple[Tensor, None]:
+        shard = ctx.shard
+        missing = shard.size * shard.local_length - shard.length
+        parts = F.pad(grad_HLD, (0, 0, 0, missing)).chunk(shard.size, dim=-2)
+        out_HlD = parts[0].new_empty(parts[0].shape)
+        dist.reduce_scatter(out_HlD, [part.contiguous() for part in parts], group=shard.group)
+        return out_HlD, None
 
 
 def join(shards: list[Tensor], length: int) -> Tensor:

@@ -1,7 +1,8 @@
 """Training on many ranks that equals one: experts spread over `ep`, every weight cut over all ranks by FSDP2.
 
-Each rank brings other tokens and has the mean loss over its own. What is trained is the mean of those over all ranks:
-on equal shares of a batch, the batch's mean.
+Each rank brings other tokens: other sequences over `dp` and `ep`, other positions of the same ones over `sp`
+(`parallel.sequence`). What is trained is the mean of all ranks' losses: of the batch, where each has the mean over an
+equal share of it, or of unequal shares where each loss is its sum times the ranks over the batch's tokens.
 """
 
 from __future__ import annotations
@@ -22,15 +23,24 @@ from moe_lab.layer.experts import GroupedExperts
 from moe_lab.layer.moe import MoE
 from moe_lab.parallel.wire import compare_settings, wire, without_weights
 
-MESH_DIMS = ("dp", "ep")
+MESHES = (("dp", "ep"), ("dp", "sp", "ep"))
 
 
-def make_mesh(ep: int, *, device: str = "cpu") -> DeviceMesh:
-    """All ranks as (dp, ep): neighbours share the experts. `ValueError` unless `ep` divides the ranks."""
+def make_mesh(ep: int, sp: int = 1, *, device: str = "cpu") -> DeviceMesh:
+    """All ranks as (dp, sp, ep): neighbours share the experts. `ValueError` unless `ep` and `sp` divide the ranks."""
+    ranks = dist.get_world_size()
     check_int("ep", ep, 1)
-    if dist.get_world_size() % ep:
-        raise ValueError(f"ep={ep} must divide the {dist.get_world_size()} ranks")
-    return init_device_mesh(device, (dist.get_world_size() // ep, ep), mesh_dim_names=MESH_DIMS)
+    check_int("sp", sp, 1)
+    if ranks % ep:
+        raise ValueError(f"ep={ep} must divide the {ranks} ranks")
+    if ranks % (sp * ep):
+        raise ValueError(f"sp={sp} must divide the {ranks // ep} ranks beside ep={ep}")
+    return init_device_mesh(device, (ranks // (sp * ep), sp, ep), mesh_dim_names=MESHES[1])
+
+
+def replicas(mesh: DeviceMesh) -> DeviceMesh:
+    """The ranks that hold the same experts, over `dp` and `sp`: FSDP cuts those once more."""
+    return mesh["dp", "sp"]._flatten("replicas") if "sp" in (mesh.mesh_dim_names or ()) else mesh["dp"]
 
 
 def expert_dim(config: MoEConfig, name: str, dp: int, ep: int) -> int:
@@ -43,7 +53,7 @@ def expert_dim(config: MoEConfig, name: str, dp: int, ep: int) -> int:
 
 
 def check_layout(config: MoEConfig, dp: int, ep: int) -> None:
-    """`ValueError` naming what does not divide."""
+    """`ValueError` naming what does not divide; `dp` ranks, those of `sp` among them, hold the same experts."""
     if config.num_experts % ep:
         raise ValueError(f"num_experts={config.num_experts} must divide over ep={ep} ranks")
     for name in ("w1_EFD", "w2_EDF"):
@@ -51,8 +61,8 @@ def check_layout(config: MoEConfig, dp: int, ep: int) -> None:
         if ep > 1 and expert_dim(config, name, dp, ep) == 0 and local % dp:
             field, size = ("dim", config.dim) if name == "w2_EDF" else ("hidden_dim", config.hidden_dim)
             raise ValueError(
-                f"num_experts={config.num_experts} on dp={dp} x ep={ep} ranks: the {local} experts of a rank must "
-                f"divide over dp={dp}, or with more ranks than experts {field}={size} must"
+                f"num_experts={config.num_experts} on {dp * ep} ranks with ep={ep}: the {local} experts of a rank must "
+                f"divide over the {dp} ranks that hold them (dp x sp), or with more ranks than experts {field}={size} must"
             )
 
 
@@ -76,19 +86,19 @@ class ShardedExperts(nn.Module):
 def shard_moe(
     model: nn.Module, mesh: DeviceMesh, *, dtype: torch.dtype | None = None, checkpointing: bool = False
 ) -> nn.Module:
-    """Spread `model`, built alike on every rank, over a (dp, ep) mesh, in place. Before an optimizer is made.
+    """Spread `model`, built alike on every rank, over a (dp, ep) or (dp, sp, ep) mesh, in place, before an optimizer.
 
     Each module that holds an `MoE` is gathered and reduced as a unit, and what is left with the model. Dense weights
-    are cut over all ranks; expert weights Shard(0) over `ep`, then by `expert_dim` over `dp`. Gradients are those of
-    the mean loss over all ranks. `dtype`: weights but the gates' are rounded to it in forward and backward; gradients
+    are cut over all ranks; expert weights Shard(0) over `ep`, then by `expert_dim` over `dp` and `sp`. Gradients are
+    those of the mean loss over all ranks. `dtype`: weights but the gates' are rounded to it in forward and backward; gradients
     are reduced in float32. `checkpointing`: those units keep only their input and run again in backward.
 
     Raises the same `ValueError` on every rank for a mesh or a layer that does not fit, or settings that differ.
     """
-    if mesh.mesh_dim_names != MESH_DIMS:
-        raise ValueError(f"mesh has dimensions {mesh.mesh_dim_names}: must have {MESH_DIMS}")
-    dp, ep = mesh.shape
-    everyone = mesh._flatten("all")
+    if mesh.mesh_dim_names not in MESHES:
+        raise ValueError(f"mesh has dimensions {mesh.mesh_dim_names}: must have {' or '.join(map(str, MESHES))}")
+    beside, ep, everyone = replicas(mesh), mesh["ep"].size(), mesh._flatten("all")
+    dp = beside.size()
     compare_settings({"dtype": dtype, "checkpointing": checkpointing}, everyone.get_group())
     for moe in moe_layers(model):
         check_layout(moe.config, dp, ep)
@@ -103,7 +113,7 @@ def shard_moe(
         placements = {
             weight: Shard(expert_dim(moe.config, name, dp, ep)) for name, weight in moe.experts.named_parameters()
         }
-        fully_shard(moe.experts, mesh=mesh["dp"], mp_policy=low, shard_placement_fn=placements.get)
+        fully_shard(moe.experts, mesh=beside, mp_policy=low, shard_placement_fn=placements.get)
         if ep == 1:
             register_fsdp_forward_method(moe.experts, "routed")
         fully_shard(moe.router, mesh=everyone, mp_policy=exact)
@@ -117,7 +127,7 @@ def shard_moe(
         if isinstance(module, FSDPModule):
             ranks = dp if module in experts_of_all else dp * ep
             module.set_force_sum_reduction_for_comms(ranks > 1)  # gloo has no mean; one rank would divide twice
-            # The sum over dp of an expert's gradients holds those of all dp * ep ranks' tokens already.
+            # The sum over its replicas of an expert's gradients holds those of all ranks' tokens already.
             module.set_gradient_divide_factor(float(dp * ep))
     return model
 
@@ -144,7 +154,7 @@ def update_biases(model: nn.Module, mesh: DeviceMesh) -> Tensor:
     """
     layers = moe_layers(model)
     counts_LE = torch.stack([moe.tokens_per_expert_E for moe in layers])
-    dist.all_reduce(counts_LE, group=mesh.get_group("dp"))
+    dist.all_reduce(counts_LE, group=replicas(mesh).get_group())
     for moe, counts_E in zip(layers, counts_LE):
         moe.tokens_per_expert_E.copy_(counts_E)
         moe.update_expert_bias()  # which sums over ep

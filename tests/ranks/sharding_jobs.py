@@ -2,15 +2,18 @@
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from moe_lab import MoE
 from moe_lab.models.lm import LMConfig, MoELM
+from moe_lab.parallel.sequence import MeshShard
 from moe_lab.parallel.sharding import clip_grad_norm, make_mesh, moe_layers, shard_moe, update_biases
 
 
-def batch(config, size=8):
-    return torch.randint(256, (size, config.max_length + 1), generator=torch.Generator().manual_seed(3))
+def batch(config, size=8, length=None):
+    bytes_BL = torch.randint(256, (size, config.max_length + 1), generator=torch.Generator().manual_seed(3))
+    return bytes_BL[:, : 1 + (length or config.max_length)]
 
 
 def loss_of(model, bytes_BL):
@@ -19,19 +22,28 @@ def loss_of(model, bytes_BL):
     return torch.nn.functional.cross_entropy(logits, bytes_BL[:, 1:].flatten())
 
 
+def loss_of_positions(model, bytes_BL, mesh):
+    """Of this rank's positions; the mean over ranks is that over all tokens."""
+    part = MeshShard.of(mesh, len(bytes_BL), bytes_BL.shape[1] - 1)
+    logits_tV = part.real(model(part.cut(bytes_BL[:, :-1]), part))
+    targets_t = bytes_BL[:, 1:].flatten()[part.index_T[part.valid_T]]
+    summed = torch.nn.functional.cross_entropy(logits_tV, targets_t, reduction="sum")
+    return summed * part.size / bytes_BL[:, 1:].numel()
+
+
 def build(config, dtype=torch.float32):
     torch.manual_seed(0)
     return MoELM(config).to(dtype).train()
 
 
-def one_process(config, micro=1, dtype=torch.float32, autocast=None):
+def one_process(config, micro=1, dtype=torch.float32, autocast=None, length=None):
     """Loss, gradients, biases of one step."""
     model = build(config, dtype)
     weights = dict(model.named_parameters())
     if autocast:
         weights = {name: p if ".router." in name else p.to(autocast) for name, p in weights.items()}
     losses = []
-    for part in batch(config).chunk(micro):
+    for part in batch(config, length=length).chunk(micro):
         logits_BLV = torch.func.functional_call(model, weights, (part[:, :-1],))
         logits = logits_BLV.flatten(0, 1).to(torch.promote_types(logits_BLV.dtype, torch.float32))
         losses.append(torch.nn.functional.cross_entropy(logits, part[:, 1:].flatten()))
@@ -52,18 +64,19 @@ def whole(tensor):
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def sharded(config: LMConfig, ep, micro=1, dtype=torch.float32, rounded=None, checkpointing=False):
+def sharded(config: LMConfig, ep, sp=1, micro=1, dtype=torch.float32, rounded=None, checkpointing=False, length=None):
     """The same on the ranks of this pool."""
     model = build(config, dtype)
-    mesh = make_mesh(ep)
+    mesh = make_mesh(ep, sp)
+    dp, _, ep = mesh.get_coordinate()
     shard_moe(model, mesh, dtype=rounded, checkpointing=checkpointing)
     routed = []
     for moe in moe_layers(model):
         moe.router.register_forward_hook(lambda router, args, routing: routed.append(routing.expert_ids_TK))
     losses = []
-    for part in batch(config).chunk(micro):
-        mine = part.chunk(dist.get_world_size())[dist.get_rank()]
-        losses.append(loss_of(model, mine))
+    for part in batch(config, length=length).chunk(micro):
+        mine = part.chunk(dist.get_world_size() // sp)[dp * mesh["ep"].size() + ep]
+        losses.append(loss_of(model, mine) if sp == 1 else loss_of_positions(model, mine, mesh["sp"]))
         (losses[-1] / micro).backward()
     loss = sum(losses).detach() / micro
     dist.all_reduce(loss)
@@ -74,9 +87,9 @@ def sharded(config: LMConfig, ep, micro=1, dtype=torch.float32, rounded=None, ch
     return result if dist.get_rank() == 0 else None
 
 
-def placements(config: LMConfig, ep):
+def placements(config: LMConfig, ep, sp=1):
     """Placement and local shape of one weight of each kind."""
-    model = shard_moe(build(config), make_mesh(ep))
+    model = shard_moe(build(config), make_mesh(ep, sp))
     names = ("w1_EFD", "w2_EDF", "w3_EFD")
     found = {name: getattr(model.blocks[0].moe.experts, name) for name in names}
     found["qkv"] = model.blocks[0].attention.qkv.weight
@@ -84,6 +97,19 @@ def placements(config: LMConfig, ep):
     return {
         name: (str(p.placements), tuple(p.device_mesh.shape), tuple(p.to_local().shape)) for name, p in found.items()
     }
+
+
+def without_sequences(config: LMConfig, ep):
+    """The same gradients over a mesh (dp, ep) of the caller's."""
+    model = build(config)
+    size = dist.get_world_size()
+    shard_moe(model, init_device_mesh("cpu", (size // ep, ep), mesh_dim_names=("dp", "ep")))
+    loss_of(model, batch(config).chunk(size)[dist.get_rank()]).backward()
+    return {name: whole(p.grad) for name, p in model.named_parameters()}
+
+
+def misnamed(config: LMConfig):
+    shard_moe(build(config), init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp")))
 
 
 def differing(config: LMConfig):

@@ -57,6 +57,34 @@ def test_float64_gradients_differ_by_rounding_alone(pool):
     assert relative(pool.run(jobs.sharded, TINY, 2, dtype=torch.float64)[0][1], grads) < 1e-12
 
 
+@pytest.mark.parametrize(("ep", "sp"), [(1, 4), (2, 2), (1, 2)])
+@pytest.mark.parametrize("length", [32, 31, 9, 5])
+def test_sequences_cut_over_ranks_are_whole(pool, ep, sp, length):
+    """Uneven lengths; five positions over four ranks leave the last with none. Padding counts nowhere."""
+    loss, grads, counts, bias = jobs.one_process(TINY, dtype=torch.float64, length=length)
+    got = pool.run(jobs.sharded, TINY, ep, sp=sp, dtype=torch.float64, length=length)[0]
+    assert got[0] == pytest.approx(loss, rel=1e-12)
+    assert relative(got[1], grads) < 1e-12
+    assert torch.equal(got[2], counts)
+    assert torch.equal(got[3], bias)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_first_gradients_of_cut_sequences_equal_one_process(pool, checkpointing):
+    """In float32, with micro-batches and recompute: as close as other layouts are."""
+    loss, grads, counts, bias = jobs.one_process(TINY, micro=2, length=31)
+    got = pool.run(jobs.sharded, TINY, 2, sp=2, micro=2, checkpointing=checkpointing, length=31)[0]
+    assert got[0] == pytest.approx(loss, rel=1e-6)
+    assert relative(got[1], grads) < 1e-5
+    assert torch.equal(got[2], counts)
+    assert torch.equal(got[3], bias)
+
+
+def test_a_mesh_without_sequences_is_one_too(pool):
+    _, grads, *_ = jobs.one_process(TINY)
+    assert relative(pool.run(jobs.without_sequences, TINY, 2)[0], grads) < 1e-5
+
+
 def test_micro_batches_move_the_bias_once(pool):
     _, grads, counts, bias = jobs.one_process(TINY, micro=2)
     got = pool.run(jobs.sharded, TINY, 2, micro=2)[0]
@@ -90,6 +118,7 @@ def test_placements_on_eight_ranks():
     with RankPool(8, backend="gloo") as pool:
         four = {ep: pool.run(jobs.placements, config(4), ep)[0] for ep in (1, 4)}
         eight = {ep: pool.run(jobs.placements, config(8), ep)[0] for ep in (1, 2, 8)}
+        cut = pool.run(jobs.placements, config(4), 2, sp=2)[0]
     # E 4 on 8 ranks: along F = 8 and D = 16, each over 8 ranks.
     assert four[1]["w1_EFD"] == ("(Shard(dim=1),)", (8,), (4, 1, 16))
     assert four[1]["w2_EDF"] == ("(Shard(dim=1),)", (8,), (4, 2, 8))
@@ -99,7 +128,10 @@ def test_placements_on_eight_ranks():
     assert eight[1]["w1_EFD"] == ("(Shard(dim=0),)", (8,), (1, 8, 16))
     assert eight[2]["w1_EFD"] == ("(_StridedShard(dim=0, sf=2), Shard(dim=0))", (4, 2), (1, 8, 16))
     assert eight[8]["w1_EFD"][2] == (1, 8, 16)
-    for found in (*four.values(), *eight.values()):
+    # Over sp as over dp: two experts a rank of ep, F and D over the four ranks that hold them.
+    assert cut["w1_EFD"] == ("(Shard(dim=1), Shard(dim=0))", (4, 2), (2, 2, 16))
+    assert cut["w2_EDF"] == ("(Shard(dim=1), Shard(dim=0))", (4, 2), (2, 4, 8))
+    for found in (*four.values(), *eight.values(), cut):
         assert found["qkv"] == ("(Shard(dim=0),)", (8,), (6, 16))
         assert found["gate"][:2] == ("(Shard(dim=0),)", (8,))
 
@@ -117,7 +149,12 @@ def test_more_ranks_than_experts_cut_the_next_dimension_where_it_divides(num_exp
     ("moe", "dp", "ep", "message"),
     [
         ({"num_experts": 36}, 1, 8, "num_experts=36 must divide over ep=8"),
-        ({"num_experts": 12}, 2, 4, "num_experts=12 on dp=2 x ep=4 ranks: the 3 experts"),
+        (
+            {"num_experts": 12},
+            2,
+            4,
+            "num_experts=12 on 8 ranks with ep=4: the 3 experts of a rank must divide over the 2",
+        ),
         ({"num_experts": 4, "hidden_dim": 9}, 2, 4, "hidden_dim=9 must"),
     ],
 )
@@ -129,6 +166,10 @@ def test_what_does_not_divide_is_named(moe, dp, ep, message):
 def test_bad_meshes_and_differing_settings_are_one_error_everywhere(pool):
     with pytest.raises(RankError, match="ep=3 must divide the 4 ranks"):
         pool.run(jobs.sharded, TINY, 3)
+    with pytest.raises(RankError, match="sp=4 must divide the 2 ranks beside ep=2"):
+        pool.run(jobs.sharded, TINY, 2, sp=4)
+    with pytest.raises(RankError, match=r"dimensions \('dp', 'tp'\): must have \('dp', 'ep'\) or"):
+        pool.run(jobs.misnamed, TINY)
     with pytest.raises(RankError, match="checkpointing differs across the mesh: False on ranks"):
         pool.run(jobs.differing, TINY)
 

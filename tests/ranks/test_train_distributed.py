@@ -75,9 +75,33 @@ def test_the_run_is_that_of_one_process(corpus, unbroken, tmp_path):
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
 
 
-@pytest.mark.parametrize("ep", [1, 4])
-def test_a_checkpoint_loads_on_another_layout_to_the_bit(pool, corpus, unbroken, ep):
-    same(pool.run(jobs.loaded, CONFIG, corpus, unbroken[0] / "checkpoints", ep)[0], unbroken[1])
+@pytest.mark.parametrize(
+    ("change", "options"),
+    [
+        ({"accumulate": 2, "batch": 8}, {}),
+        ({"z_coeff": 0.1}, {"sp": 2}),
+        ({"accumulate": 2, "z_coeff": 0.1}, {"sp": 2}),
+    ],
+    ids=["micro-batches", "cut sequences", "both"],
+)
+def test_other_shares_are_the_run_of_one_process_too(pool, corpus, tmp_path, change, options):
+    """The balancing bias moves once a step, by the tokens of all ranks and micro-batches."""
+    config = dataclasses.replace(CONFIG, **change, model=dataclasses.replace(TINY, max_length=31))
+    got = pool.run(jobs.run, config, corpus, tmp_path / "ranks", 2, **options)[0]
+    one = train(config, corpus, tmp_path / "one")
+    for ours, theirs in zip(log(tmp_path / "ranks"), log(tmp_path / "one"), strict=True):
+        assert ours["bits_per_byte"] == pytest.approx(theirs["bits_per_byte"], rel=1e-5)
+        assert ours["auxiliary_loss"] == pytest.approx(theirs["auxiliary_loss"], rel=1e-5)
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
+        assert ours["max_over_mean"] == theirs["max_over_mean"]
+    for name, bias_E in jobs.state(one).items():
+        if name.endswith("expert_bias_E"):
+            assert torch.equal(got[name], bias_E)
+
+
+@pytest.mark.parametrize(("ep", "sp"), [(1, 1), (4, 1), (2, 2)])
+def test_a_checkpoint_loads_on_another_layout_to_the_bit(pool, corpus, unbroken, ep, sp):
+    same(pool.run(jobs.loaded, CONFIG, corpus, unbroken[0] / "checkpoints", ep, sp)[0], unbroken[1])
 
 
 def test_a_checkpoint_loads_in_one_process_to_the_bit(corpus, unbroken):
@@ -95,10 +119,19 @@ def test_killed_in_a_save_the_last_checkpoint_is_whole(pool, corpus, unbroken, w
     same(pool.run(jobs.loaded, CONFIG, corpus, path, 2)[0], unbroken[1])
 
 
-@pytest.mark.parametrize(("change", "message"), [({"batch": 6}, "batch=6 must divide"), ({"compile": True}, "compile")])
-def test_what_many_ranks_cannot_do_is_refused(pool, corpus, tmp_path, change, message):
+@pytest.mark.parametrize(
+    ("change", "sp", "message"),
+    [
+        ({"batch": 6}, 1, "batch=6 must divide over 4 ranks"),
+        ({"batch": 3}, 2, "batch=3 must divide over 2 groups of sp=2 ranks"),
+        ({"accumulate": 2}, 1, "batch=4 must divide over 4 ranks and accumulate=2"),
+        ({"compile": True}, 1, "compile"),
+        ({"sequence_coeff": 0.1}, 2, "sequence_coeff=0.1 is of whole sequences: sp=2 must be 1"),
+    ],
+)
+def test_what_many_ranks_cannot_do_is_refused(pool, corpus, tmp_path, change, sp, message):
     with pytest.raises(RankError, match=message):
-        pool.run(jobs.run, dataclasses.replace(CONFIG, **change), corpus, tmp_path, 2)
+        pool.run(jobs.run, dataclasses.replace(CONFIG, **change), corpus, tmp_path, 2, sp=sp)
 
 
 def test_nothing_to_resume_from_is_named(tmp_path):

@@ -23,14 +23,14 @@ def state(trainer):
     return found
 
 
-def run(config, corpus, out, ep, **options):
-    trainer = train(config, corpus, Path(out), make=partial(DistributedTrainer, ep=ep), **options)
+def run(config, corpus, out, ep, sp=1, **options):
+    trainer = train(config, corpus, Path(out), make=partial(DistributedTrainer, ep=ep, sp=sp), **options)
     found = state(trainer)
     return found if dist.get_rank() == 0 else None
 
 
-def loaded(config, corpus, path, ep):
-    trainer = DistributedTrainer(config, corpus, "cpu", ep=ep)
+def loaded(config, corpus, path, ep, sp=1):
+    trainer = DistributedTrainer(config, corpus, "cpu", ep=ep, sp=sp)
     load_checkpoint(newest(Path(path)), trainer.model, trainer.optimizer)
     found = state(trainer)
     return found if dist.get_rank() == 0 else None
