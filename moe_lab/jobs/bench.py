@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from moe_lab.config import check_choice, check_int
+from moe_lab.jobs import ranks_bench
 from moe_lab.jobs.bench_inputs import DEFAULT_TOKENS, SKEW, TOKENS, Inputs, default_tokens, layer_config, make_inputs
 from moe_lab.jobs.bench_run import Settings, fields_of, phase_rows, timed
 from moe_lab.jobs.contests import FIELDS, Contest, hold
@@ -45,18 +46,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--compile", action="store_true", help="each arm under torch.compile too")
     parser.add_argument("--json", type=Path, help="also write the numbers, with the environment, here")
     ranks = parser.add_argument_group("bench layer under torchrun, over all ranks (see moe_lab.jobs.ranks_bench)")
-    ranks.add_argument("--kinds", nargs="+", help="kinds of splits: unequal, adaptive, equal, forced (default all)")
-    ranks.add_argument("--routing", nargs="+", help="skewed (default), zipf, trace")
-    ranks.add_argument("--shrink", type=int, default=1, help="divide D and F by this")
-    ranks.add_argument("--iterations", type=int, default=100, help="of each arm (default 100)")
+    ranks_bench.add_arguments(ranks)
 
 
 def main(args: argparse.Namespace) -> int:
     """Measure and print; returns the exit status. An interrupt keeps what was measured."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         check_choice("bench", args.what, ("layer",))
-        from moe_lab.jobs import ranks_bench
-
         ranks_bench.main_under_torchrun(args)
         return 0
     device = checked_device(args.device)

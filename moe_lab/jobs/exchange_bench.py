@@ -149,9 +149,9 @@ def main() -> None:
                 assert max(rank["difference"] for rank in by_rank) < budget, "the two disagree"
                 found.append(paired(by_rank, tokens, dim))
                 print(describe(found[-1]), flush=True)
+                if args.out is not None:
+                    save(args.out, found, args.ranks, args.rounds, on_gpu=pool.backend == "nccl")
     print(phase_table(found))
-    if args.out is not None:
-        save(args.out, found, args.ranks, args.rounds)
 
 
 if __name__ == "__main__":

@@ -81,9 +81,11 @@ def cpu_model() -> str:
     return f"{names[0] if names else 'CPU'}, {os.cpu_count()} cores"
 
 
-def save(path: Path, found: Sequence[PairedTimes], ranks: int, num_rounds: int) -> None:
+def save(path: Path, found: Sequence[PairedTimes], ranks: int, num_rounds: int, *, on_gpu: bool = False) -> None:
     """The measured times as JSON, with the machine, versions and date; `load` reads them."""
-    facts = environment(torch.device("cpu")) | {"device": cpu_model(), "ranks": ranks, "rounds": num_rounds}
+    facts = environment(torch.device("cuda" if on_gpu else "cpu")) | {"ranks": ranks, "rounds": num_rounds}
+    if not on_gpu:
+        facts["device"] = cpu_model()
     shapes = [times._asdict() for times in found]
     path.write_text(json.dumps({"environment": facts, "shapes": shapes}, indent=1) + "\n")
 

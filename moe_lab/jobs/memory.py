@@ -129,10 +129,10 @@ def _receiving(model: MoELM, rows: list[int], received: list[int]) -> Iterator[N
     ]
     all_to_all = MeshExchange.all_to_all
 
-    def counted(self: MeshExchange, rows_SD: Tensor, send: Any, receive: Any) -> Any:
+    def counted(self: MeshExchange, rows_SD: Tensor, send: Any, receive: Any, **how: Any) -> Any:
         into = len(rows_SD) if receive is None else sum(receive)
         received.append(into * rows_SD.shape[1] * rows_SD.element_size())
-        return all_to_all(self, rows_SD, send, receive)
+        return all_to_all(self, rows_SD, send, receive, **how)
 
     MeshExchange.all_to_all = counted  # type: ignore[method-assign]
     try:

@@ -106,7 +106,10 @@ class AllToAllTokenDispatcher(LocalTokenDispatcher):
         x_TD: Tensor | None = None,
     ) -> Program[Tensor]:
         """`combine` as a program."""
-        returning = self.exchange.all_to_all(self.repack(rows_RD, plan), plan.receive_splits, plan.send_splits)
+        overlap = shared is not None
+        returning = self.exchange.all_to_all(
+            self.repack(rows_RD, plan), plan.receive_splits, plan.send_splits, overlap=overlap
+        )
         shared_TD = shared() if shared is not None else None
         returned_SD = yield returning
         if plan.send_padding is not None:
@@ -123,8 +126,12 @@ class AllToAllTokenDispatcher(LocalTokenDispatcher):
             if self.analytic and self.placement.is_identity:
                 local = forced_order(num_tokens, top_k, self.num_experts, routing.expert_ids_TK.device)
             else:
-                slot_ids_TK = self.placement.slot_ids(routing.expert_ids_TK)
-                local = plan_local(slot_ids_TK, self.placement.num_slots, dropless=self.dropless)
+                local = plan_local(
+                    self.placement.slot_ids(routing.expert_ids_TK),
+                    self.placement.num_slots,
+                    counts_E=routing.counts_E if self.placement.is_identity else None,
+                    dropless=self.dropless,
+                )
         if self.analytic:
             counts = forced_matrix(num_tokens, self.config, self.placement)
             fastpaths.note("force_load_balance_dispatch", counts.reason)

@@ -89,5 +89,10 @@ class Exchange(Protocol):
     def all_reduce(self, counts_E: Tensor) -> Pending[Tensor]:
         """The sum over ranks."""
 
-    def all_to_all(self, rows_SD: Tensor, send: list[int] | None, receive: list[int] | None) -> Pending[Tensor]:
-        """Rows to and from each rank, rank by rank; None for even splits. Gradients go the other way."""
+    def all_to_all(
+        self, rows_SD: Tensor, send: list[int] | None, receive: list[int] | None, *, overlap: bool = False
+    ) -> Pending[Tensor]:
+        """Rows to and from each rank, rank by rank; None for even splits. Gradients go the other way.
+
+        `overlap`: other work comes before `wait`, and runs while the rows travel. Without it rows may travel at once.
+        """

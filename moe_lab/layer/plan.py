@@ -13,6 +13,7 @@ from jaxtyping import Int, Int32
 from torch import Tensor
 
 from moe_lab import contracts, fastpaths
+from moe_lab.kernels.order import sort_keys
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -71,7 +72,7 @@ def plan_local(
     # Dropped assignments sort last; small keys sort faster.
     key_N = torch.where(ids_N < 0, num_experts, ids_N)
     key_N = key_N.to(torch.uint8 if num_experts < 256 else torch.int16 if num_experts < 2**15 else torch.int32)
-    sorted_N, order_N = torch.sort(key_N, stable=True)
+    sorted_N, order_N = sort_keys(key_N)
     position_N = torch.empty_like(order_N)
     position_N[order_N] = torch.arange(ids_N.numel(), device=ids_N.device)
     if not dropless:

@@ -87,7 +87,9 @@ class VirtualExchange:
         """The sum over ranks."""
         return self._post(counts_E.clone(), lambda posted: torch.stack(posted).sum(dim=0))
 
-    def all_to_all(self, rows_SD: Tensor, send: list[int] | None, receive: list[int] | None) -> _Posted:
+    def all_to_all(
+        self, rows_SD: Tensor, send: list[int] | None, receive: list[int] | None, *, overlap: bool = False
+    ) -> _Posted:
         """Rows to and from each rank, rank by rank; None for even splits."""
         self.log.note(rows_SD, send, self.size)
         if send is None:

@@ -88,12 +88,14 @@ class TimedExchange(MeshExchange):
         arrival = self._arrive()
         return _Timed(self, "count", arrival, super().all_gather(counts_P).wait)
 
-    def start(self, rows_SD: Tensor, send: list[int] | None, receive: list[int] | None) -> tuple[Tensor, Wait]:
-        """As one of `EXCHANGES`, in their order."""
+    def start(
+        self, rows_SD: Tensor, send: list[int] | None, receive: list[int] | None, overlap: bool
+    ) -> tuple[Tensor, Wait]:
+        """As one of `EXCHANGES`, in their order; all the same whatever `overlap` is: an end is known by asking."""
         name = EXCHANGES[self._started % len(EXCHANGES)]
         self._started += 1
         arrival = self._arrive()
-        out_SD, wait = super().start(rows_SD, send, receive)
+        out_SD, wait = super().start(rows_SD, send, receive, overlap=True)
         timed = _Timed(self, name, arrival, wait, self._ended)
         if self.overlap:
             return out_SD, timed.wait

@@ -1,4 +1,4 @@
-"""Real ranks on NCCL, a GPU each: the pool, and layers spread over them. Needs two GPUs."""
+"""Real ranks on NCCL, a GPU each: the pool, and layers spread over them. Needs two GPUs or more."""
 
 import os
 import sys
@@ -19,19 +19,23 @@ from moe_lab.parallel.ranks import RankError, RankPool  # noqa: E402
 from parallel_cases import check, draw, one_rank  # noqa: E402
 
 pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-RANKS = 2
+SIZES = [size for size in (2, 4, 8) if size <= torch.cuda.device_count()]
 
 
-@pytest.fixture(scope="module")
-def pool():
-    with RankPool(RANKS, timeout=120.0) as pool:
+@pytest.fixture(scope="module", params=SIZES)
+def pool(request):
+    with RankPool(request.param, timeout=120.0) as pool:
         yield pool
 
 
+def total_of(pool):
+    return float(sum(range(1, pool.size + 1)))
+
+
 def test_the_pool_uses_nccl_and_stays_warm(pool):
-    assert pool.run(cuda_jobs.total, 2) == [("nccl", 6.0)] * RANKS
+    assert pool.run(cuda_jobs.total, 2) == [("nccl", 2 * total_of(pool))] * pool.size
     pids = pool.pids
-    assert pool.run(cuda_jobs.total, 1) == [("nccl", 3.0)] * RANKS
+    assert pool.run(cuda_jobs.total, 1) == [("nccl", total_of(pool))] * pool.size
     assert pool.pids == pids
 
 
@@ -44,14 +48,14 @@ def test_a_hung_collective_is_ended_and_the_pool_starts_again(pool):
     while any(psutil.pid_exists(pid) for pid in pids):
         assert time.monotonic() < end, "a rank outlived its pool"
         time.sleep(0.05)
-    assert pool.run(cuda_jobs.total, 1) == [("nccl", 3.0)] * RANKS
+    assert pool.run(cuda_jobs.total, 1) == [("nccl", total_of(pool))] * pool.size
 
 
 @pytest.mark.parametrize("collectives", ["functional", "c10d"])
 def test_layers_over_ranks_equal_the_one_rank_layer(pool, collectives):
     seeds = list(range(20))
     for seed, real in zip(seeds, zip(*pool.run(cuda_jobs.run_cases, seeds, collectives))):
-        case = draw(seed, (RANKS,))
+        case = draw(seed, (pool.size,))
         expected = one_rank(case)
         for name in ("out", "x", "gates"):
             got, exact = (torch.cat([r[name].flatten() for r in results]) for results in (real, expected))

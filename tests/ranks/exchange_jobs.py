@@ -115,9 +115,9 @@ def overlap_order():
     moe = wire(MoE(MoEConfig(dim=8, hidden_dim=8, num_experts=4, top_k=1, num_shared_experts=1)), dist.group.WORLD)
     start = moe.dispatcher.exchange.start
 
-    def watched(rows, send, receive):
+    def watched(rows, send, receive, overlap):
         events.append("start")
-        out, wait = start(rows, send, receive)
+        out, wait = start(rows, send, receive, overlap)
         return out, lambda: (events.append("wait"), wait())[1]
 
     moe.dispatcher.exchange.start = watched

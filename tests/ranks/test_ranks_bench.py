@@ -1,5 +1,6 @@
 """The benchmark over ranks: its arithmetic by hand, its rows on gloo, and under torchrun."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -9,15 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from moe_lab.jobs.ranks_bench import (
-    Settings,
-    config_of,
-    draw_routing,
-    gather_rows,
-    measure,
-    wait_and_transfer,
-)
-from moe_lab.jobs.ranks_table import PHASES, describe
+from moe_lab.jobs.ranks_inputs import all_settings, draw_routing
+from moe_lab.jobs.ranks_measure import measure
+from moe_lab.jobs.ranks_table import EXCHANGES, PHASES, describe, gather_rows, wait_and_transfer
 from moe_lab.parallel import RankPool
 
 SMALL = {"tokens": 64, "dtype": "float32", "iterations": 3, "warmup": 1}
@@ -35,12 +30,13 @@ def test_waiting_is_for_the_latest_and_transfer_what_follows_by_hand():
 def by_rank():
     with RankPool(2, backend="gloo") as pool:
         kinds = ("unequal", "equal", "forced")
-        settings = {k: Settings(config=config_of("10B_2B", 64, "zipf"), kind=k, routing="zipf", **SMALL) for k in kinds}
-        return {kind: (one, pool.run(measure, one)) for kind, one in settings.items()}
+        return {
+            one.kind: (one, pool.run(measure, one)) for one in all_settings(["10B_2B/64"], ["zipf"], kinds, **SMALL)
+        }
 
 
 def test_rows_say_what_ran(by_rank):
-    rows = {kind: gather_rows(settings, "10B_2B/64", ranks) for kind, (settings, ranks) in by_rank.items()}
+    rows = {kind: gather_rows(settings, ranks) for kind, (settings, ranks) in by_rank.items()}
     assert rows["unequal"].padded_share == 0 < rows["equal"].padded_share
     assert rows["equal"].reason.startswith("forced: worst overhead")
     assert rows["forced"].straggler == pytest.approx(1.0, abs=0.07)  # 192 assignments over 36 experts
@@ -53,7 +49,7 @@ def test_rows_say_what_ran(by_rank):
     assert min(row.phases_ms.values()) > 0
     assert min(row.wait_ms.values()) >= 0 < min(row.transfer_ms.values())
     text = describe("10B_2B/64", list(rows.values()))
-    assert text.startswith("10B_2B/64 on 2 ranks   T 64  D 32  F 22  E 36  K 3   ms")
+    assert text.startswith("10B_2B/64 on 2 ranks, EP 2   T 64  D 32  F 22  E 36  K 3   ms")
     assert "combine exchange" in text
 
 
@@ -68,17 +64,49 @@ def test_bytes_to_others_are_those_of_the_routing(by_rank):
 
 def test_routings_are_what_they_are_called():
     big = {**SMALL, "tokens": 4096}
-    zipf = Settings(config=config_of("10B_2B", 64, "zipf"), kind="unequal", routing="zipf", **big)
+    zipf, trace = all_settings(["10B_2B/64"], ["zipf", "trace"], ["unequal"], **big)
     counts_E = draw_routing(zipf, 0, 2, torch.device("cpu")).counts_E.sort(descending=True).values
     assert 0.56 < float(counts_E[0]) / 4096 < 0.62, "weight 1 of H(36) = 4.17, three draws without replacement"
     assert 1.5 < float(counts_E[5] / counts_E[11]) < 2.5, "places 6 and 12: twice as likely"
-    trace = Settings(config=config_of("10B_2B", 64, "trace"), kind="unequal", routing="trace", **big)
     assert (trace.config.num_experts, trace.config.top_k) == (32, 4)
     first, second = (draw_routing(trace, rank, 2, torch.device("cpu")).expert_ids_TK for rank in (0, 1))
     assert not torch.equal(first, second)
-    forced = Settings(config=config_of("10B_2B", 64, "zipf"), kind="forced", routing="zipf", **big)
+    (forced,) = all_settings(["10B_2B/64"], ["zipf", "skewed"], ["forced"], **big)  # once, whatever the routing
     counts_E = draw_routing(forced, 0, 2, torch.device("cpu")).counts_E
     assert int(counts_E.max() - counts_E.min()) <= 1
+
+
+def test_groups_of_ranks_wait_among_themselves(by_rank):
+    settings, ranks = by_rank["unequal"]
+    late = [[t + 1000.0 for t in edges] for edges in ranks[0].edges_IP]
+    apart = dataclasses.replace(settings, ep=1)
+    row = gather_rows(apart, [ranks[0], ranks[1]._replace(edges_IP=late)])
+    assert (row.ranks, row.ep) == (2, 1)
+    assert [row.wait_ms[name] for name in EXCHANGES] == [0, 0]
+
+
+@pytest.mark.slow
+def test_two_groups_of_two_ranks():
+    (settings,) = all_settings(["10B_2B/64"], ["skewed"], ["unequal"], **SMALL, ep=2)
+    with RankPool(4, backend="gloo") as pool:
+        ranks = pool.run(measure, settings)
+    row = gather_rows(settings, ranks)
+    assert (row.ranks, row.ep) == (4, 2)
+    for group in (ranks[:2], ranks[2:]):
+        assert sum(result.rows for result in group) == 2 * 64 * 3
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ((["nothing"], ["zipf"], ["equal"]), "preset='nothing'"),
+        ((["10B_2B"], ["nothing"], ["equal"]), "routing='nothing'"),
+        ((["10B_2B"], ["zipf"], ["nothing"]), "kinds='nothing'"),
+    ],
+)
+def test_unknown_names_are_refused(names, message):
+    with pytest.raises(ValueError, match=message):
+        all_settings(*names)
 
 
 @pytest.mark.slow
@@ -94,10 +122,10 @@ def test_the_command_runs_under_torchrun(tmp_path):
         "bench",
         "layer",
     ]
-    options = ["--preset", "10B_2B", "--shrink", "64", "--tokens", "32", "--dtype", "float32", "--iterations", "2"]
+    options = ["--preset", "10B_2B/64", "--tokens", "32", "--dtype", "float32", "--iterations", "2"]
     options += ["--kinds", "unequal", "--json", str(tmp_path / "out.json")]
     done = subprocess.run([*command, *options], capture_output=True, text=True, env=os.environ, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert "10B_2B/64 on 2 ranks   T 32" in done.stdout
+    assert "10B_2B/64 on 2 ranks, EP 2   T 32" in done.stdout
     rows = json.loads((tmp_path / "out.json").read_text())["rows"]
     assert [(row["kind"], row["ranks"]) for row in rows] == [("unequal", 2)]
