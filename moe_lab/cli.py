@@ -1,4 +1,4 @@
-"""The command line: `moe-lab lab | corpus | train | record | report | bench | sweep | timeline | determinism | import`.
+"""The command line: `moe-lab lab | corpus | train | record | report | balance | bench | sweep | ...`, see `JOBS`.
 
 `lab` lives here; every other command is a module of `moe_lab.jobs`, imported only when it is chosen, that
 offers `add_arguments(parser)` and `main(args)`. Bad input is a `ValueError`, shown as a usage error.
@@ -22,6 +22,7 @@ JOBS = {
     "train": "train the small MoE language model",
     "record": "record routing traces of a trained model over held-out text",
     "report": "measure a trained model: bits per byte beside gzip, what its experts know of the text",
+    "balance": "train small models under every method of balancing: loss against imbalance",
     "bench": "measure a layer against its dense bound and other libraries",
     "sweep": "measure which backend wins over tokens, experts, top-k and skew",
     "timeline": "tell waiting from transfer in the profiler traces of all ranks",

@@ -14,6 +14,8 @@ GateDtype = Literal["float32", "input"]
 ForcedBalance = Literal["round_robin", "random"]
 Backend = Literal["loop", "padded", "grouped", "fused", "buffered", "batched", "blocked", "auto"]
 DropPolicy = Literal["probs", "position"]
+DropOrder = Literal["token_major", "slot_major"]
+ExpertsBy = Literal["top_k", "sinkhorn", "expert_choice"]
 Activation = Literal["swiglu", "clamped_swiglu"]
 CombineArm = Literal["gather", "scatter_add"]
 Reorder = Literal["auto", "index", "equal_count", "segment_cat"]
@@ -69,6 +71,11 @@ class RouterConfig:
     `gate_bias`: a learned bias in the logits (gpt-oss); not the balancing bias, which moves the choice only.
     `force_load_balance`: ignore the scores when choosing; assignment i goes to expert i mod E
         (`round_robin`), or experts come from random logits (`random`). Gates stay the real scores.
+    `choose_by`: a token takes its best experts (`top_k`); in training its best after Sinkhorn's normalisation evened
+        the batch, and plain top-k in eval (`sinkhorn`, Megatron-Core); or experts take tokens (`expert_choice`), which
+        no causal model can do: for recorded logits only. Neither heeds the balancing bias.
+    `jitter`: in training, the router's input is multiplied by uniform noise from 1 - jitter to 1 + jitter (Switch
+        Transformer, arXiv:2101.03961); the experts' input is not.
     """
 
     score_func: ScoreFunc = "softmax"
@@ -80,6 +87,8 @@ class RouterConfig:
     gate_dtype: GateDtype = "float32"
     gate_bias: bool = False
     force_load_balance: ForcedBalance | None = None
+    choose_by: ExpertsBy = "top_k"
+    jitter: float = 0.0
 
     def __post_init__(self) -> None:
         check_choice("score_func", self.score_func, get_args(ScoreFunc))
@@ -90,6 +99,14 @@ class RouterConfig:
         check_bool("gate_bias", self.gate_bias)
         if not _is_finite(self.route_scale):
             raise ValueError(f"route_scale={self.route_scale!r} must be a finite number")
+        if not (_is_finite(self.jitter) and 0 <= self.jitter < 1):
+            raise ValueError(f"jitter={self.jitter!r} must be a number from 0 to below 1")
+        check_choice("choose_by", self.choose_by, get_args(ExpertsBy))
+        if self.choose_by != "top_k" and (self.num_expert_groups is not None or self.force_load_balance is not None):
+            raise ValueError(
+                f"choose_by={self.choose_by!r} knows neither num_expert_groups={self.num_expert_groups} nor "
+                f"force_load_balance={self.force_load_balance!r}: leave both at None, or choose_by='top_k'"
+            )
         if (self.num_expert_groups is None) != (self.num_limited_groups is None):
             raise ValueError(
                 f"num_expert_groups={self.num_expert_groups} and num_limited_groups={self.num_limited_groups} "
@@ -98,6 +115,15 @@ class RouterConfig:
         if self.num_expert_groups is not None:
             check_int("num_expert_groups", self.num_expert_groups, 1)
             check_int("num_limited_groups", self.num_limited_groups, 1, self.num_expert_groups)
+
+    def check_causal(self) -> None:
+        """Raise `ValueError` where a token's experts would depend on tokens after it, in eval too."""
+        if self.choose_by == "expert_choice":
+            raise ValueError(
+                "choose_by='expert_choice' is for recorded logits only: an expert that picks its tokens looks at all "
+                "of them, later ones too, so that a causal model would train on what it is to predict and could not "
+                "generate; choose 'top_k' or 'sinkhorn'"
+            )
 
     def check(self, num_experts: int, top_k: int) -> None:
         """Raise `ValueError` unless these settings can choose `top_k` of `num_experts` experts."""
@@ -145,8 +171,10 @@ class MoEConfig:
         threads. Router and shared experts compute in blocks of a fixed number of rows, as the backend must:
         `blocked`, or `fused` on CUDA.
     `capacity_factor`: an expert takes at most ceil(T * K / E * capacity_factor) assignments of a forward, the rest
-        is dropped; None drops nothing. `drop_policy`: keep those of the highest gate (`probs`) or the earliest.
-    `load_balance_coeff`: step of the auxiliary-loss-free balancing bias; None leaves the bias at zero.
+        is dropped; None drops nothing. `drop_policy`: keep those of the highest gate (`probs`) or the earliest
+        (`position`). `drop_order`: which are early, those of the first tokens, or all first choices before any second.
+    `load_balance_coeff`: step of the auxiliary-loss-free balancing bias; None leaves the bias at zero. `bias_centred`:
+        take the mean off each step (torchtitan) or not (Megatron-Core).
 
     Where experts are spread over ranks (on one rank these change nothing):
     `reorder`: how received rows go from rank-major to expert-major; all ways give the same bits.
@@ -170,7 +198,9 @@ class MoEConfig:
     batch_invariant: bool = False
     capacity_factor: float | None = None
     drop_policy: DropPolicy = "probs"
+    drop_order: DropOrder = "token_major"
     load_balance_coeff: float | None = None
+    bias_centred: bool = True
     reorder: Reorder = "auto"
     equal_split: EqualSplit = "off"
     equal_split_threshold: float = 0.10
@@ -183,7 +213,7 @@ class MoEConfig:
         check_choice("backend", self.backend, get_args(Backend))
         check_choice("combine", self.combine, get_args(CombineArm))
         check_choice("activation", self.activation, get_args(Activation))
-        for name in ("score_before_experts", "mlp_bias", "shared_expert_gate", "batch_invariant"):
+        for name in ("score_before_experts", "mlp_bias", "shared_expert_gate", "batch_invariant", "bias_centred"):
             check_bool(name, getattr(self, name))
         if self.shared_expert_gate and not self.num_shared_experts:
             raise ValueError("shared_expert_gate=True gates nothing: num_shared_experts=0 must be at least 1")
@@ -193,6 +223,7 @@ class MoEConfig:
                 f"mlp_bias={self.mlp_bias}: choose backend='grouped', 'padded' or 'loop'"
             )
         check_choice("drop_policy", self.drop_policy, get_args(DropPolicy))
+        check_choice("drop_order", self.drop_order, get_args(DropOrder))
         factor = self.capacity_factor
         if factor is not None and not (_is_finite(factor) and factor > 0):
             raise ValueError(f"capacity_factor={factor!r} must be a positive number, or None for no drops")
@@ -205,9 +236,14 @@ class MoEConfig:
         if not isinstance(self.router, RouterConfig):
             raise ValueError(f"router={self.router!r} must be a RouterConfig")
         self.router.check(self.num_experts, self.top_k)
+        self.router.check_causal()
         coeff = self.load_balance_coeff
         if coeff is not None and not (_is_finite(coeff) and coeff > 0):
             raise ValueError(f"load_balance_coeff={coeff!r} must be a positive number, or None for no balancing")
+        if coeff is not None and self.router.choose_by != "top_k":
+            raise ValueError(
+                f"load_balance_coeff={coeff} moves nothing with choose_by={self.router.choose_by!r}: choose one of them"
+            )
         check_threshold("equal_split_threshold", self.equal_split_threshold)
 
     def _check_batch_invariant(self) -> None:
@@ -226,6 +262,11 @@ class MoEConfig:
             raise ValueError(
                 f"batch_invariant=True with force_load_balance={self.router.force_load_balance!r}: a token's experts "
                 "then depend on its place in the batch"
+            )
+        if self.router.choose_by != "top_k" or self.router.jitter:
+            raise ValueError(
+                f"batch_invariant=True with choose_by={self.router.choose_by!r}, jitter={self.router.jitter}: both "
+                "make a token's experts in training depend on its batch"
             )
 
     def replace(self, **changes: Any) -> MoEConfig:

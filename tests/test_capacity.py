@@ -90,6 +90,19 @@ def test_the_layer_leaves_out_what_was_dropped(backend, combine, before):
     assert moe.tokens_per_expert_E.tolist() == routing.counts_E.tolist()  # what was asked for
 
 
+@pytest.mark.parametrize("policy", ["probs", "position"])
+@pytest.mark.parametrize("order", ["token_major", "slot_major"])
+def test_the_layer_drops_by_its_policy_in_its_order(policy, order):
+    config = MoEConfig(dim=16, hidden_dim=8, num_experts=4, top_k=2, capacity_factor=0.6)
+    moe, plain = MoE(config.replace(drop_policy=policy, drop_order=order)), MoE(config)
+    plain.load_state_dict(moe.state_dict())
+    x_TD = torch.randn(40, 16)
+    kept = drop_over_capacity(moe.router(x_TD), 0.6, policy, slot_major=order == "slot_major")
+    assert torch.equal(moe(x_TD), moe._computed(x_TD, kept))
+    same = torch.equal(moe(x_TD), plain(x_TD))
+    assert same == (policy == "probs")  # by gate, the order matters between equal gates only
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [

@@ -194,6 +194,13 @@ def test_update_moves_the_bias_and_clears_the_counts():
     assert moe.tokens_per_expert_E.tolist() == [0, 0, 0]
 
 
+def test_a_step_of_the_bias_is_not_centred_when_the_config_says_so():
+    moe = MoE(BASE.replace(num_experts=3, top_k=1, load_balance_coeff=0.3, bias_centred=False))
+    moe.tokens_per_expert_E.copy_(torch.tensor([9, 0, 0]))
+    moe.update_expert_bias()
+    torch.testing.assert_close(moe.expert_bias_E, torch.tensor([-0.3, 0.3, 0.3]))
+
+
 def test_without_a_coefficient_the_bias_stays():
     moe, x, _ = build("plain", torch.float32)
     moe(x)

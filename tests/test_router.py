@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from moe_lab import RouterConfig, TokenChoiceTopKRouter
-from moe_lab.layer.router import count, limit_groups, route, score, stable_topk
+from moe_lab.layer.choosing import stable_topk
+from moe_lab.layer.router import count, limit_groups, route, score
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 LN = math.log

@@ -120,7 +120,9 @@ def test_the_rate_warms_up_and_falls_to_a_tenth():
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_auxiliary_losses_are_those_of_each_layer_added_up(corpus, compiled, monkeypatch):
-    config = dataclasses.replace(CONFIG, switch_coeff=0.1, sequence_coeff=0.01, z_coeff=0.001)
+    config = dataclasses.replace(
+        CONFIG, switch_coeff=0.1, sequence_coeff=0.01, z_coeff=0.001, global_coeff=0.2, hf_coeff=0.3, switch_parts=2
+    )
     trainer, plain = Trainer(config, corpus, "cpu"), Trainer(CONFIG, corpus, "cpu")
     losses = trainer.losses
     if compiled:
@@ -134,12 +136,31 @@ def test_auxiliary_losses_are_those_of_each_layer_added_up(corpus, compiled, mon
     for routing in routings:
         counts_BE = torch.stack([torch.bincount(ids.flatten(), minlength=4) for ids in routing.expert_ids_TK.chunk(4)])
         probs_BE = routing.scores_TE.view(4, 32, 4).mean(dim=1)
-        expected += 0.1 * 4 * float((counts_BE.sum(0) / (128 * 2) * probs_BE.mean(0)).sum())
+        for half in (slice(0, 2), slice(2, 4)):
+            expected += 0.1 / 2 * 4 * float((counts_BE[half].sum(0) / (64 * 2) * probs_BE[half].mean(0)).sum())
+        expected += 0.2 * 4 * float((counts_BE.sum(0) / (128 * 2) * probs_BE.mean(0)).sum())
         expected += 0.01 * 4 * float((counts_BE / (32 * 2) * probs_BE).sum(1).mean())
         expected += 0.001 * float(routing.logits_TE.logsumexp(1).square().mean())
+    counts_E = torch.stack([torch.bincount(r.expert_ids_TK.flatten(), minlength=4) for r in routings]).sum(0)
+    probs_E = torch.cat([r.scores_TE for r in routings]).mean(0)
+    expected += 0.3 * 4 * float((counts_E / (128 * len(routings)) * probs_E).sum())
     assert got.auxiliary.item() == pytest.approx(expected, rel=1e-3)  # a trace keeps logits in float16
     assert without.auxiliary.item() == 0.0
     assert got.cross_entropy.item() == pytest.approx(without.cross_entropy.item(), rel=1e-5)
+
+
+def test_the_global_loss_counts_the_micro_batches_so_far(corpus):
+    config = dataclasses.replace(CONFIG, global_coeff=0.5, accumulate=2, model=dataclasses.replace(TINY, num_layers=1))
+    trainer, seen = Trainer(config, corpus, "cpu"), []
+    trainer.model.moe_layers[0].router.register_forward_hook(lambda _, __, routing: seen.append(routing))
+    got = [trainer.losses(part_BL).auxiliary.item() for part_BL in trainer.batch(0).chunk(2)]
+    counts_E = torch.zeros(4)
+    for value, routing in zip(got, seen, strict=True):
+        counts_E += routing.counts_E
+        f, p = counts_E / counts_E.sum(), routing.scores_TE.detach().mean(dim=0)
+        assert value == pytest.approx(0.5 * 4 * float((f * p).sum()))
+    trainer.balance()
+    assert trainer.counts().sum() == 0
 
 
 def test_the_switch_loss_balances_what_nothing_else_does(corpus, tmp_path):
@@ -178,7 +199,14 @@ def test_too_little_text_is_refused(corpus):
 
 @pytest.mark.parametrize(
     "change",
-    [{"steps": 0}, {"dtype": "int8"}, {"learning_rate": float("nan")}, {"z_coeff": -1.0}, {"accumulate": 3}],
+    [
+        {"steps": 0},
+        {"dtype": "int8"},
+        {"learning_rate": float("nan")},
+        {"z_coeff": -1.0},
+        {"accumulate": 3},
+        {"switch_parts": 3},
+    ],
 )
 def test_bad_settings_are_refused_by_name(change):
     with pytest.raises(ValueError, match=next(iter(change))):

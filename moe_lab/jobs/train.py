@@ -27,11 +27,12 @@ from tqdm import tqdm
 from moe_lab.config import check_choice, check_int
 from moe_lab.jobs.corpus_file import Corpus, load_corpus
 from moe_lab.jobs.evaluate import as_tensor, bits
-from moe_lab.layer.losses import switch_loss, z_loss
+from moe_lab.layer.losses import switch_loss, transformers_loss, z_loss
 from moe_lab.layer.router import Routing
 from moe_lab.models.lm import SMALL, LMConfig, MoELM
 from moe_lab.study.metrics import load_imbalance
 
+LOSSES = ("switch", "sequence", "global", "hf", "z")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -39,9 +40,11 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 class TrainConfig:
     """`steps` of `batch` crops of the model's `max_length` bytes; AdamW, warm-up, then cosine to a tenth.
 
-    `switch_coeff`, `sequence_coeff`, `z_coeff`: weights of the auxiliary losses of `moe_lab.layer.losses`, each
-    summed over layers: the switch loss over a step's tokens, over each crop and then averaged, and the z-loss. The
-    balancing bias and drops over capacity are settings of the model's layers.
+    Weights of the auxiliary losses of `moe_lab.layer.losses`, summed over layers: `switch_coeff` counts each
+    micro-batch by itself, or each of `switch_parts` equal parts of it, as so many ranks would, and averages;
+    `sequence_coeff` each crop; `global_coeff` the step's micro-batches so far over all ranks (Megatron-Core);
+    `hf_coeff` pools the layers as transformers does; `z_coeff` is the z-loss. Bias, drops, Sinkhorn and jitter are
+    settings of the model's layers.
 
     `accumulate`: micro-batches that a step's batch is taken in, one after another; losses are of each, averaged.
     The balancing bias moves once a step, by all of them.
@@ -60,7 +63,10 @@ class TrainConfig:
     clip: float = 1.0
     switch_coeff: float = 0.0
     sequence_coeff: float = 0.0
+    global_coeff: float = 0.0
+    hf_coeff: float = 0.0
     z_coeff: float = 0.0
+    switch_parts: int = 1
     seed: int = 0
     dtype: str = "float32"
     compile: bool = False
@@ -69,14 +75,16 @@ class TrainConfig:
     eval_files: int = 4
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "accumulate", "warmup", "log_every", "save_every", "eval_files"):
+        for name in ("steps", "batch", "accumulate", "switch_parts", "warmup", "log_every", "save_every", "eval_files"):
             check_int(name, getattr(self, name), 1)
         if self.batch % self.accumulate:
             raise ValueError(f"accumulate={self.accumulate} must divide batch={self.batch}")
+        if self.batch % (self.accumulate * self.switch_parts):
+            raise ValueError(f"switch_parts={self.switch_parts} must divide the crops of a micro-batch")
         check_choice("dtype", self.dtype, DTYPES)
         if not 0 < self.learning_rate < math.inf:
             raise ValueError(f"learning_rate={self.learning_rate!r} must be a positive number")
-        for name in ("switch_coeff", "sequence_coeff", "z_coeff"):
+        for name in (f"{loss}_coeff" for loss in LOSSES):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be a number >= 0")
 
@@ -119,18 +127,31 @@ class Step(NamedTuple):
     counts_LE: Tensor
 
 
-def auxiliary_loss(config: TrainConfig, routings: Sequence[Routing], batch: int) -> Tensor:
-    """The weighted losses of every layer's routing of `batch` crops, as long as each other, summed over layers."""
-    total = torch.zeros((), device=routings[0].scores_TE.device)
-    for routing in routings:
-        tokens = len(routing.scores_TE)
-        if config.switch_coeff:
-            total = total + config.switch_coeff * switch_loss(routing.scores_TE, routing.expert_ids_TK)
-        if config.sequence_coeff:
-            crop_T = torch.arange(tokens, device=total.device) // (tokens // batch)
-            loss = switch_loss(routing.scores_TE, routing.expert_ids_TK, sequence_T=crop_T)
-            total = total + config.sequence_coeff * loss
-        if config.z_coeff:
+def auxiliary_loss(
+    config: TrainConfig, routings: Sequence[Routing], batch: int, counts_LE: Tensor | None = None
+) -> Tensor:
+    """The weighted losses of every layer's routing of `batch` crops, as long as each other, summed over layers.
+
+    `counts_LE`: assignments of the step, for the global loss.
+    """
+    tokens = len(routings[0].scores_TE)
+    token_T = torch.arange(tokens, device=routings[0].scores_TE.device)
+    total = torch.zeros((), device=token_T.device)
+    if counts_LE is not None:
+        for routing, counts_E in zip(routings, counts_LE):
+            loss = switch_loss(routing.scores_TE, routing.expert_ids_TK, counts_E=counts_E)
+            total = total + config.global_coeff * loss
+    for coeff, parts in ((config.switch_coeff, config.switch_parts), (config.sequence_coeff, batch)):
+        if coeff:
+            part_T = None if parts == 1 else token_T // (tokens // parts)
+            for routing in routings:
+                loss = switch_loss(routing.scores_TE, routing.expert_ids_TK, sequence_T=part_T)
+                total = total + coeff * loss
+    if config.hf_coeff:
+        top_k = routings[0].expert_ids_TK.shape[1]
+        total = total + config.hf_coeff * transformers_loss([routing.logits_TE for routing in routings], top_k)
+    if config.z_coeff:
+        for routing in routings:
             total = total + config.z_coeff * z_loss(routing.logits_TE)
     return total
 
@@ -182,9 +203,15 @@ class Trainer:
         weights = {name: p if ".router." in name else p.to(dtype) for name, p in self.model.named_parameters()}
         self._routings.clear()
         logits_BLV = torch.func.functional_call(self.model, weights, (bytes_BL[:, :-1],))
-        auxiliary = auxiliary_loss(self.config, self._routings, len(bytes_BL))
+        auxiliary = auxiliary_loss(self.config, self._routings, len(bytes_BL), self.counts())
         self._routings.clear()
         return Losses(F.cross_entropy(logits_BLV.flatten(0, 1).float(), bytes_BL[:, 1:].flatten()), auxiliary)
+
+    def counts(self) -> Tensor | None:
+        """Assignments (L, E) of the step so far, this micro-batch's among them; None where no loss asks for them."""
+        if not self.config.global_coeff:
+            return None
+        return torch.stack([moe.tokens_per_expert_E for moe in self.model.moe_layers])
 
     def batch(self, step: int) -> Tensor:
         """The crops of a step, (batch, max_length + 1) int64."""
@@ -338,7 +365,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-balancing", action="store_true", help="train without the balancing bias")
     parser.add_argument("--capacity-factor", type=float, help="drop what experts have no room for (default: nothing)")
     parser.add_argument("--drop-policy", default=SMALL.moe.drop_policy, help="which assignments are dropped")
-    for name in ("switch", "sequence", "z"):
+    for name in LOSSES:
         parser.add_argument(f"--{name}-coeff", type=float, default=0.0, help=f"weight of the {name} loss of each layer")
     parser.add_argument("--backend", default=SMALL.moe.backend, help="how expert products are computed")
     parser.add_argument("--ep", type=int, default=1, help="ranks that share the experts, under torchrun")
@@ -346,7 +373,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpointing", action="store_true", help="run blocks again in backward, under torchrun")
     parser.add_argument("--compile", action="store_true", help="compile the loss")
     parser.add_argument("--dtype", default=default.dtype, choices=tuple(DTYPES))
-    for name in ("steps", "batch", "accumulate", "warmup", "seed", "log-every", "save-every"):
+    for name in ("steps", "batch", "accumulate", "switch-parts", "warmup", "seed", "log-every", "save-every"):
         parser.add_argument(f"--{name}", type=int, default=getattr(default, name.replace("-", "_")))
     parser.add_argument("--learning-rate", type=float, default=default.learning_rate)
 
@@ -371,9 +398,8 @@ def main(args: argparse.Namespace) -> None:
         "log_every",
         "save_every",
         "learning_rate",
-        "switch_coeff",
-        "sequence_coeff",
-        "z_coeff",
+        *(f"{loss}_coeff" for loss in LOSSES),
+        "switch_parts",
         "dtype",
         "compile",
     )

@@ -47,14 +47,15 @@ class DistributedTrainer(Trainer):
         self.size = dist.get_world_size()
         self.mesh = make_mesh(ep, sp, device=torch.device(device).type)
         self.shares = self.size // sp
-        if config.batch % (self.shares * config.accumulate):
+        if config.batch % (self.shares * config.accumulate * config.switch_parts):
             over = f"{self.shares} ranks" if sp == 1 else f"{self.shares} groups of sp={sp} ranks"
             micro = f" and accumulate={config.accumulate}" if config.accumulate > 1 else ""
             raise ValueError(f"batch={config.batch} must divide over {over}{micro}")
         if config.compile:
             raise ValueError("compile=True is for one process: many ranks run uncompiled")
-        if config.sequence_coeff and sp > 1:
-            raise ValueError(f"sequence_coeff={config.sequence_coeff} is of whole sequences: sp={sp} must be 1")
+        for name, apart in (("sequence_coeff", config.sequence_coeff > 0), ("switch_parts", config.switch_parts > 1)):
+            if apart and sp > 1:
+                raise ValueError(f"{name}={getattr(config, name)} is of whole sequences: sp={sp} must be 1")
         self.checkpointing = checkpointing
         super().__init__(config, corpus, device)
         self.leads = dist.get_rank() == 0
@@ -82,7 +83,7 @@ class DistributedTrainer(Trainer):
         if self.mesh["sp"].size() > 1:
             return self._losses_of_positions(inputs_BL, targets_BL)
         logits_BLV = self.model(inputs_BL)
-        auxiliary = auxiliary_loss(self.config, self._routings, len(bytes_BL))
+        auxiliary = auxiliary_loss(self.config, self._routings, len(bytes_BL), self.counts())
         self._routings.clear()
         return Losses(F.cross_entropy(logits_BLV.flatten(0, 1).float(), targets_BL.flatten()), auxiliary)
 
@@ -93,11 +94,19 @@ class DistributedTrainer(Trainer):
         targets_t = part.cut(targets_BL).flatten()[part.valid_T.to(targets_BL.device)]
         weight = part.size / targets_BL.numel()  # of a token: ranks have unequal numbers of them
         summed = F.cross_entropy(logits_tV, targets_t, reduction="sum")
-        auxiliary = summed.new_zeros(())
+        auxiliary, counts_LE = summed.new_zeros(()), self.counts()
         if len(targets_t):
-            auxiliary = len(targets_t) * weight * auxiliary_loss(self.config, self._routings, len(inputs_BL))
+            losses = auxiliary_loss(self.config, self._routings, len(inputs_BL), counts_LE)
+            auxiliary = len(targets_t) * weight * losses
         self._routings.clear()
         return Losses(weight * summed, auxiliary)
+
+    def counts(self) -> Tensor | None:
+        """Of all ranks; every rank calls it."""
+        counts_LE = super().counts()
+        if counts_LE is not None:
+            dist.all_reduce(counts_LE)
+        return counts_LE
 
     def advance(self) -> Step:
         """One optimizer step of all ranks; its losses are means over them."""

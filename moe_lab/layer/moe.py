@@ -99,7 +99,10 @@ class MoE(nn.Module):
         if self.training and not _in_backward():
             self.tokens_per_expert_E += routing.counts_E  # what was asked for, before drops
         if self.config.capacity_factor is not None:
-            routing = drop_over_capacity(routing, self.config.capacity_factor, self.config.drop_policy)
+            slot_major = self.config.drop_order == "slot_major"
+            routing = drop_over_capacity(
+                routing, self.config.capacity_factor, self.config.drop_policy, slot_major=slot_major
+            )
         return self._computed(x_TD, routing).view(x.shape)
 
     def _computed(self, x_TD: Tensor, routing: Routing) -> Tensor:
@@ -137,5 +140,6 @@ class MoE(nn.Module):
         """One balancing step from the counts since the last, which are cleared. Once an optimizer step."""
         if self.config.load_balance_coeff:
             counts_E = self.dispatcher.sum_over_ranks(self.tokens_per_expert_E)
-            self.expert_bias_E += bias_delta(counts_E, self.config.load_balance_coeff)
+            step_E = bias_delta(counts_E, self.config.load_balance_coeff, centred=self.config.bias_centred)
+            self.expert_bias_E += step_E
         self.tokens_per_expert_E.zero_()

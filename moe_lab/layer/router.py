@@ -6,6 +6,7 @@ other way. `TokenChoiceTopKRouter` adds the learned projection that makes logits
 
 from __future__ import annotations
 
+import dataclasses
 from functools import partial
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from moe_lab import contracts
 from moe_lab.config import RouterConfig
 from moe_lab.kernels.blocks import fixed_elementwise, fixed_linear
+from moe_lab.layer.choosing import expert_choice, sinkhorn, stable_topk
 
 
 class Routing(NamedTuple):
@@ -69,22 +71,6 @@ def limit_groups(choice_TE: Float[Tensor, "T E"], config: RouterConfig, top_k: i
     return choice_TGe.masked_fill(~kept_TG[..., None], -torch.inf).flatten(1)
 
 
-def stable_topk(values_TE: Float[Tensor, "T E"], k: int) -> Int[Tensor, "T k"]:
-    """Indices of the k largest values of each row, largest first; of equal values the lowest index wins.
-
-    `torch.topk` breaks ties arbitrarily, differently on CPU and CUDA. Here value and index form one integer
-    key, so no two keys are equal: the order-preserving bits of the float32 above, the reversed index below.
-    """
-    if values_TE.dtype != torch.float32:
-        return values_TE.sort(dim=-1, descending=True, stable=True).indices[..., :k]
-    num_values = values_TE.shape[-1]
-    bits_TE = (values_TE + 0.0).view(torch.int32)  # + 0.0 makes -0.0 and 0.0 the same bits
-    ordered_TE = torch.where(bits_TE < 0, bits_TE ^ 0x7FFFFFFF, bits_TE).long()
-    index_E = torch.arange(num_values - 1, -1, -1, device=values_TE.device)
-    key_TE = (ordered_TE << 32) | index_E
-    return num_values - 1 - (key_TE.topk(k, dim=-1).values & 0xFFFFFFFF)
-
-
 def route(
     logits_TE: Float[Tensor, "T E"],
     config: RouterConfig,
@@ -97,8 +83,9 @@ def route(
     """Choose `top_k` experts a token from logits (T, E); gates are differentiable in the logits.
 
     `expert_bias_E` moves the choice only: gates come from the unbiased scores (DeepSeek's loss-free balancing,
-    arXiv:2408.15664). `generator` draws the logits of `force_load_balance="random"`. `batch_invariant`: scores have
-    the same bits whatever else is in the batch.
+    arXiv:2408.15664). With `choose_by="expert_choice"` each expert takes ceil(T K / E) tokens; K is then the most
+    that a token got, -1 stands where it got fewer, and nothing was dropped. `generator` draws the logits of
+    `force_load_balance="random"`. `batch_invariant`: scores have the same bits whatever else is in the batch.
 
     Raises `ValueError` for settings that cannot choose (see `RouterConfig.check`) and for NaN or infinite
     logits, naming the first bad token (on CPU; on CUDA a device-side assertion, without a host sync).
@@ -108,12 +95,20 @@ def route(
     contracts.check_finite("logits", logits_TE)
     scored = partial(score, score_func=config.score_func)
     scores_TE = fixed_elementwise(scored, logits_TE) if batch_invariant else scored(logits_TE)
-    if config.force_load_balance is None:
+    if config.force_load_balance is not None:
+        expert_ids_TK = _forced_ids(scores_TE, config.force_load_balance, top_k, generator)
+    elif config.choose_by == "sinkhorn":
+        expert_ids_TK = stable_topk(sinkhorn(logits_TE), top_k)
+    elif config.choose_by == "expert_choice":
+        expert_ids_TK = expert_choice(scores_TE.detach(), -(-len(logits_TE) * top_k // num_experts))
+    else:
         choice_TE = scores_TE.detach() if expert_bias_E is None else scores_TE.detach() + expert_bias_E
         expert_ids_TK = stable_topk(limit_groups(choice_TE, config, top_k), top_k)
+    if config.choose_by == "expert_choice":  # -1, where a token has fewer experts than another, weighs nothing
+        filled_TK = expert_ids_TK.where(expert_ids_TK >= 0, num_experts)
+        gates_TK = gates_of(F.pad(scores_TE, (0, 1)), filled_TK, config)
     else:
-        expert_ids_TK = _forced_ids(scores_TE, config.force_load_balance, top_k, generator)
-    gates_TK = gates_of(scores_TE, expert_ids_TK, config)
+        gates_TK = gates_of(scores_TE, expert_ids_TK, config)
     return Routing(gates_TK, expert_ids_TK, scores_TE, logits_TE, count(expert_ids_TK, num_experts))
 
 
@@ -151,6 +146,7 @@ class TokenChoiceTopKRouter(nn.Module):
 
     `gate.weight` is (E, D), `gate.bias` (E,) with `config.gate_bias`. Logits are computed in float32, or in the
     input's dtype with `gate_dtype="input"`; near ties of the two differ. `batch_invariant`: as in `MoEConfig`.
+    In eval there is neither jitter nor Sinkhorn: a token is routed by itself.
     """
 
     def __init__(
@@ -158,20 +154,26 @@ class TokenChoiceTopKRouter(nn.Module):
     ) -> None:
         super().__init__()
         config.check(num_experts, top_k)
+        config.check_causal()
         self.gate = nn.Linear(dim, num_experts, bias=config.gate_bias)
         self.num_experts, self.top_k, self.config = num_experts, top_k, config
+        self.eval_config = dataclasses.replace(config, choose_by="top_k", jitter=0.0)
         self.batch_invariant = batch_invariant
 
     def forward(self, x_TD: Float[Tensor, "T D"], expert_bias_E: Float[Tensor, " E"] | None = None) -> Routing:
+        config = self.config if self.training else self.eval_config
         wide = torch.promote_types(x_TD.dtype, torch.float32)
-        dtype = wide if self.config.gate_dtype == "float32" else x_TD.dtype
+        dtype = wide if config.gate_dtype == "float32" else x_TD.dtype
         bias_E = None if self.gate.bias is None else self.gate.bias.to(dtype)
         with torch.autocast(x_TD.device.type, enabled=False):
             linear = fixed_linear if self.batch_invariant else F.linear
-            logits_TE = linear(x_TD.to(dtype), self.gate.weight.to(dtype), bias_E)
+            x_TD = x_TD.to(dtype)
+            if config.jitter:
+                x_TD = x_TD * torch.empty_like(x_TD).uniform_(1 - config.jitter, 1 + config.jitter)
+            logits_TE = linear(x_TD, self.gate.weight.to(dtype), bias_E)
             return route(
                 logits_TE,
-                self.config,
+                config,
                 self.top_k,
                 expert_bias_E=expert_bias_E,
                 batch_invariant=self.batch_invariant,

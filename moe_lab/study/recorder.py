@@ -224,7 +224,7 @@ def _kind(router: nn.Module) -> tuple[int, int, object]:
 def _config(router: nn.Module, seen: hf.Decision, bias_E: Tensor | None) -> RouterConfig:
     """How a router chooses. Warns when no configuration explains what a router of transformers chose."""
     if isinstance(router, TokenChoiceTopKRouter):
-        return router.config
+        return router.config if router.training else router.eval_config
     config, ids_share, gate_error = hf.fit_router(
         router, hf.Decision(*(part.detach().cpu()[:1024] for part in seen)), bias_E
     )

@@ -74,6 +74,20 @@ ROUTERS = {
 }
 
 
+def test_jitter_is_that_of_switch_transformers():
+    fields = {"num_experts": E, "router_jitter_noise": 0.3}
+    peer = theirs("switch_transformers", "SwitchTransformersConfig", "SwitchTransformersTop1Router", **fields).train()
+    ours = TokenChoiceTopKRouter(peer.classifier.in_features, E, 1, RouterConfig(jitter=0.3))
+    ours.gate.load_state_dict(peer.classifier.state_dict())
+    x_BLD = torch.randn(1, T, peer.classifier.in_features)
+    torch.manual_seed(1)
+    _, _, logits_BLE = peer(x_BLD.clone())  # theirs writes its noise into what it is given
+    torch.manual_seed(1)
+    noisy_TE = ours(x_BLD[0]).logits_TE
+    assert torch.equal(noisy_TE, logits_BLE[0])
+    assert not torch.equal(noisy_TE, ours.eval()(x_BLD[0]).logits_TE)
+
+
 def dense_gates(num_experts, ids_TK, gates_TK):
     """Gates by expert, (T, E), 0 where not chosen: the order of a token's slots is no part of the answer."""
     return gates_TK.new_zeros(len(gates_TK), num_experts).scatter_add(1, ids_TK, gates_TK)

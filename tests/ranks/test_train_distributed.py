@@ -79,10 +79,11 @@ def test_the_run_is_that_of_one_process(corpus, unbroken, tmp_path):
     ("change", "options"),
     [
         ({"accumulate": 2, "batch": 8}, {}),
-        ({"z_coeff": 0.1}, {"sp": 2}),
+        ({"global_coeff": 0.5}, {}),
+        ({"z_coeff": 0.1, "global_coeff": 0.5}, {"sp": 2}),
         ({"accumulate": 2, "z_coeff": 0.1}, {"sp": 2}),
     ],
-    ids=["micro-batches", "cut sequences", "both"],
+    ids=["micro-batches", "global counts", "cut sequences", "both"],
 )
 def test_other_shares_are_the_run_of_one_process_too(pool, corpus, tmp_path, change, options):
     """The balancing bias moves once a step, by the tokens of all ranks and micro-batches."""
