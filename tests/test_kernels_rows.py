@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from moe_lab.kernels import combine, swiglu
 from moe_lab.kernels.rows import combine_gather
@@ -21,13 +22,27 @@ def case(num_tokens, top_k, num_experts, dropped=False):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("top_k", "dim", "dropped"), [(2, 72, True), (1, 8, False), (3, 1100, False)])
-def test_gather_copies_and_pads_with_zeros(dtype, top_k, dim, dropped):
-    rows = case(5, top_k, 3, dropped)
+@pytest.mark.parametrize(("top_k", "dim", "dropped"), [(2, 72, True), (1, 8, False), (3, 4200, False)])
+def test_gather_copies_and_pads_with_zeros(dtype, top_k, dim, dropped, monkeypatch):
+    rows = case(5, top_k, 4, dropped)
     x_TD = torch.randn(5, dim, device=DEVICE).to(dtype)
+    fill = {True: torch.nan, False: 7}
+    monkeypatch.setattr(
+        Tensor, "new_empty", lambda t, *shape, **kw: t.new_full(shape, fill[t.is_floating_point()], **kw)
+    )
+    used = int(rows.starts_E1[-1])
     picked_PD = x_TD[(rows.order_P // top_k).clamp(min=0).long()]
     expected_PD = picked_PD.masked_fill((rows.order_P < 0)[:, None], 0)
-    assert torch.equal(combine.gather(x_TD, rows), expected_PD)
+    assert torch.equal(combine.gather(x_TD, rows)[:used], expected_PD[:used])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dim", [72, 4200])
+def test_gather_from_takes_rows_by_number(dtype, dim):
+    x_TD = torch.randn(4, dim, device=DEVICE).to(dtype)
+    source_P = torch.tensor([3, -1, 0, 3, 2], device=DEVICE)
+    expected_PD = x_TD[source_P].masked_fill((source_P < 0)[:, None], 0)
+    assert torch.equal(combine.gather_from(x_TD, source_P), expected_PD)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

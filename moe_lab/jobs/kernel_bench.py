@@ -32,8 +32,8 @@ def kernel_rows(inputs: Inputs, rounds: int, of: dict[str, Any]) -> Iterator[Mea
     runs = timing.interleave(arms, rows_PD.device, rounds=rounds, block_ms=10)
     byte_ms = timing.summarise(timing.medians(runs.pop("copy"))).median / (2 * COPY_BYTES)
     row_bytes = dim * inputs.x_TD.element_size()
-    moved = {"gather": 2 * num_rows * row_bytes, "combine": (num_rows + tokens) * row_bytes}
+    moved = (num_rows + tokens) * row_bytes  # a token read and its rows written, or the other way round
     for name, found in runs.items():
-        yield measured(found, arm=name, bytes_ms=moved[name] * byte_ms, **of)
+        yield measured(found, arm=name, bytes_ms=moved * byte_ms, **of)
     sort = timing.time_replayed(lambda: tile_rows(inputs.expert_ids_TK, num_experts))
     yield Measurement(arm="sort", **sort._asdict(), **of)

@@ -155,6 +155,30 @@ def transformers(inputs: Inputs, how: str = "grouped_mm") -> Arm:
     return Arm(run, tuple(experts.parameters()))
 
 
+def sonicmoe(inputs: Inputs) -> Arm:
+    """SonicMoE's layer behind its router: two autograd functions that gather inside products written in CuTe."""
+    from sonicmoe.enums import ActivationType
+    from sonicmoe.functional import TC_topk_router_metadata_triton, _DownProjection, _UpProjection
+
+    ids_TK = inputs.expert_ids_TK.int()
+    num_experts, num_rows = len(inputs.w1_EFD), ids_TK.numel()
+    w13_EGD = torch.nn.Parameter(torch.cat((inputs.w1_EFD, inputs.w3_EFD), dim=1))
+    w2_EDF = torch.nn.Parameter(inputs.w2_EDF)
+
+    def run(x_TD: Tensor, gates_TK: Tensor) -> Tensor:
+        counts_E, ends_E1, token_R, order_R, position_N = (
+            ids_TK.new_empty(size) for size in (num_experts, num_experts + 1, num_rows, num_rows, num_rows)
+        )
+        TC_topk_router_metadata_triton(ids_TK, num_experts, counts_E, ends_E1, token_R, order_R, position_N)
+        (tokens, top_k), rows = ids_TK.shape, (token_R, order_R, position_N, None, False)
+        w13, w2 = w13_EGD.permute(1, 2, 0), w2_EDF.permute(1, 2, 0)
+        swiglu, inference = ActivationType.SWIGLU, not torch.is_grad_enabled()
+        a, h = _UpProjection.apply(x_TD, w13, None, ends_E1, num_rows, top_k, *rows, swiglu, inference, True)
+        return _DownProjection.apply(a, h, w2, None, gates_TK, ends_E1, tokens, top_k, *rows, swiglu)
+
+    return Arm(run, (w13_EGD, w2_EDF))
+
+
 def _check_fits(what: str, num_rows: int, w1_EFD: Tensor) -> None:
     """Refuse three weights a row that would take more than half of the memory."""
     needed = 3 * num_rows * w1_EFD[0].nbytes
@@ -172,4 +196,5 @@ PEERS: dict[str, Callable[[Inputs], Arm]] = {
     "transformers_batched_mm": lambda inputs: transformers(inputs, "batched_mm"),
     "torchtitan": torchtitan,
     "torchtitan_ops": torchtitan_ops,
+    "sonicmoe": sonicmoe,
 }

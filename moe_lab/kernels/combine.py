@@ -10,25 +10,33 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moe_lab.kernels.tiles import TileRows
+from moe_lab.kernels.tiles import TILE, TileRows
 
 BLOCK = 4096  # columns that one program moves at most, sixteen to a thread
 
 
 def gather(x_TD: Tensor, rows: TileRows) -> Tensor:
-    """(P, D): x[order // K], zeros in padding."""
-    return gather_from(x_TD, rows.order_P, rows.position_TK.shape[1])
+    """(P, D): x[order // K], zeros in padding; rows of unused tiles are not written.
+
+    A token is read once and written to its K rows: (1 + K) / 2K of the bytes that a read for every row would take.
+    """
+    (num_tokens, top_k), num_experts = rows.position_TK.shape, rows.starts_E1.numel() - 1
+    rows_PD = x_TD.new_empty(rows.order_P.numel(), x_TD.shape[1])
+    if num_tokens:
+        block, grid = _blocks(num_tokens + num_experts * TILE, x_TD)
+        _spread_kernel[grid](
+            x_TD, rows.position_TK, rows.order_P, rows.starts_E1, rows_PD, num_tokens, x_TD.shape[1],
+            top_k, TILE, block, num_warps=max(1, block // 512),
+        )  # fmt: skip
+    return rows_PD
 
 
-def gather_from(x_TD: Tensor, order_P: Tensor, top_k: int = 1) -> Tensor:
-    """`gather` by the assignment of each row alone, in any integer type."""
-    num_rows, dim = order_P.numel(), x_TD.shape[1]
-    rows_PD = x_TD.new_empty(num_rows, dim)
-    if num_rows:
-        block = min(BLOCK, triton.next_power_of_2(dim))
-        _gather_kernel[(num_rows, triton.cdiv(dim, block))](
-            x_TD, order_P, rows_PD, dim, top_k, block, num_warps=max(1, block // 512)
-        )
+def gather_from(x_TD: Tensor, source_P: Tensor) -> Tensor:
+    """(P, D): x[source], zeros where that is negative, in any integer type."""
+    rows_PD = x_TD.new_empty(source_P.numel(), x_TD.shape[1])
+    if rows_PD.numel():
+        block, grid = _blocks(source_P.numel(), x_TD)
+        _gather_kernel[grid](x_TD, source_P, rows_PD, x_TD.shape[1], block, num_warps=max(1, block // 512))
     return rows_PD
 
 
@@ -42,20 +50,46 @@ def sum_rows(rows_PD: Tensor, gates_TK: Tensor | None, position_TK: Tensor) -> T
     (num_tokens, top_k), dim = position_TK.shape, rows_PD.shape[1]
     out_TD = rows_PD.new_empty(num_tokens, dim)
     if num_tokens:
-        block = min(BLOCK, triton.next_power_of_2(dim))
-        _combine_kernel[(num_tokens, triton.cdiv(dim, block))](
+        block, grid = _blocks(num_tokens, rows_PD)
+        _combine_kernel[grid](
             rows_PD, rows_PD if gates_TK is None else gates_TK, position_TK, out_TD, dim,
             top_k, gates_TK is not None, block, num_warps=max(1, block // 512),
         )  # fmt: skip
     return out_TD
 
 
-@triton.jit(do_not_specialize=["top_k"])
-def _gather_kernel(x_ptr, order_ptr, rows_ptr, dim, top_k, BLOCK: tl.constexpr):
+def _blocks(num_programs: int, rows: Tensor) -> tuple[int, tuple[int, int]]:
+    """Columns of one program, and the grid: a row each, in as many blocks as it takes."""
+    block = min(BLOCK, triton.next_power_of_2(rows.shape[1]))
+    return block, (num_programs, triton.cdiv(rows.shape[1], block))
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def _spread_kernel(
+    x_ptr, position_ptr, order_ptr, starts_ptr, rows_ptr, num_tokens, dim,
+    K: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One token to its rows; programs past the last token each look at one row that may be an expert's padding."""
+    program = tl.program_id(0).to(tl.int64)
+    col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    if program < num_tokens:
+        x = tl.load(x_ptr + program * dim + col, mask=col < dim, other=0.0)
+        for k in tl.static_range(K):
+            row = tl.load(position_ptr + program * K + k).to(tl.int64)
+            tl.store(rows_ptr + row * dim + col, x, mask=(col < dim) & (row >= 0))
+    else:
+        starts_ptr += (program - num_tokens) // TILE
+        row = tl.load(starts_ptr + 1).to(tl.int64) - 1 - (program - num_tokens) % TILE
+        if tl.load(order_ptr + row, mask=row >= tl.load(starts_ptr), other=0) < 0:
+            tl.store(rows_ptr + row * dim + col, tl.zeros((BLOCK,), rows_ptr.dtype.element_ty), mask=col < dim)
+
+
+@triton.jit
+def _gather_kernel(x_ptr, source_ptr, rows_ptr, dim, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    pick = tl.load(order_ptr + row).to(tl.int64)
-    x = tl.load(x_ptr + pick // top_k * dim + col, mask=(col < dim) & (pick >= 0), other=0.0)
+    pick = tl.load(source_ptr + row).to(tl.int64)
+    x = tl.load(x_ptr + pick * dim + col, mask=(col < dim) & (pick >= 0), other=0.0)
     tl.store(rows_ptr + row * dim + col, x, mask=col < dim)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moe_lab.kernels.tiles import TILE, max_tiles
 
-CHUNK = 256  # assignments that one program counts and places
+CHUNK = 64  # assignments that one program counts and places
 
 
 def tile_rows(expert_ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -1,12 +1,18 @@
 """What only a GPU can show of the fused layer: no waiting, graphs, compilation, repeats, sizes and memory."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
-from moe_lab.jobs.bench_inputs import LAYERS, make_inputs
+from moe_lab.jobs.bench_inputs import LAYERS, default_tokens, make_inputs
 from moe_lab.jobs.peers import ours, transformers
+from moe_lab.kernels import fused, grouped_gemm
 from moe_lab.kernels.fused import fused_experts
-from moe_lab.kernels.tiles import tile_rows
+from moe_lab.kernels.tiles import tile_rows, tile_rows_op
 from moe_lab.study.timing import measure_memory
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -80,8 +86,48 @@ def test_one_graph_whatever_the_routing(small):
     assert counter.frame_count == 1
 
 
-@pytest.mark.parametrize(("tokens", "experts", "top_k"), [(16, 1024, 16), (1000, 3, 1), (1, 8, 8)])
-def test_extremes_agree_with_the_loop(tokens, experts, top_k):
+def test_inductor_compiles_one_graph_with_the_same_bits(small):
+    inputs, leaves, grad = small
+    torch._dynamo.reset()
+    compiled = torch.compile(forward, fullgraph=True)
+    for ids_TK in (inputs.expert_ids_TK, inputs.expert_ids_TK.flip(0)):
+        out, eager = compiled(inputs, ids_TK), forward(inputs, ids_TK)
+        assert torch.equal(out, eager)
+        for a, b in zip(torch.autograd.grad(out, leaves, grad), torch.autograd.grad(eager, leaves, grad)):
+            assert torch.equal(a, b)
+
+
+def test_inductor_compiles_a_layer_with_its_router():
+    script = Path(__file__).parent / "cuda_compile.py"
+    path = os.pathsep.join([str(script.parent.parent.parent), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, str(script)], env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_opcheck_with_ahead_of_time_dispatch(small):
+    """All of opcheck. An expert an assignment, so that every tile is used: rows of unused ones hold anything."""
+    x, gates, _, w1, w2, w3 = (t.detach().clone().requires_grad_(t.is_floating_point()) for t in small[0])
+    ids = torch.arange(12, device=CUDA).reshape(4, 3)
+    x, gates = (t[:4].detach().clone().requires_grad_() for t in (x, gates))
+    rows = tile_rows(ids, len(w1))
+    torch.library.opcheck(tile_rows_op, (ids, len(w1)))
+    anchor = torch.zeros_like(fused.fused_anchor(x, w1, *rows)).requires_grad_()
+    for given in (None, anchor):
+        torch.library.opcheck(fused.fused_up, (x, w1, w3, given, *rows, True))
+    *products, hidden = fused.fused_up(x, w1, w3, None, *rows, True)
+    args = (*(p.detach().requires_grad_() for p in products), hidden.detach(), gates, w2, *rows)
+    torch.library.opcheck(fused.fused_down, args)
+
+
+EXTREMES = [(16, 1024, 16), (1000, 3, 1), (1, 8, 8), (0, 8, 2), *((150, 16, k) for k in range(1, 17))]
+
+
+@pytest.mark.parametrize("gather_once", [0, 10**9], ids=["gathered before", "gathered inside"])
+@pytest.mark.parametrize(("tokens", "experts", "top_k"), EXTREMES)
+def test_extremes_agree_with_the_loop(tokens, experts, top_k, gather_once, monkeypatch):
+    monkeypatch.setattr(grouped_gemm, "GATHER_ONCE", gather_once)
     config = LAYERS["10B_2B"].replace(dim=136, hidden_dim=72, num_experts=experts, top_k=top_k)
     inputs = make_inputs(config, tokens, CUDA, torch.bfloat16)
     exact_inputs = inputs._replace(**{k: t.double() for k, t in inputs._asdict().items() if t.is_floating_point()})
@@ -109,9 +155,9 @@ def test_rows_beyond_two_to_the_31_values():
         assert torch.equal(a[-5:], b)
 
 
-@pytest.mark.parametrize(("layer", "tokens"), [("10B_2B", 16384), ("mixtral_8x7b", 8192)])
-def test_memory_beside_transformers(layer, tokens):
-    inputs = make_inputs(LAYERS[layer], tokens, CUDA, torch.bfloat16)
+@pytest.mark.parametrize("layer", ["10B_2B", "olmoe_1b_7b", "mixtral_8x7b", "fine"])
+def test_memory_beside_transformers(layer):
+    inputs = make_inputs(LAYERS[layer], default_tokens(layer), CUDA, torch.bfloat16)
     grad = torch.randn_like(inputs.x_TD)
     measured = []
     for make in (lambda i: ours(i, "fused"), transformers):
