@@ -5,7 +5,14 @@ from hypothesis import strategies as st
 
 from moe_lab import MoE, fastpaths
 from moe_lab.jobs.bench_inputs import Inputs
-from moe_lab.kernels.buffered import buffered_backward, buffered_experts, buffered_forward
+from moe_lab.kernels.buffered import (
+    _filled,
+    _for_each,
+    _segments,
+    buffered_backward,
+    buffered_experts,
+    buffered_forward,
+)
 from moe_lab.layer.backends import BACKENDS
 from moe_lab.layer.backends.weights import Weights
 from moe_lab.layer.plan import plan_local
@@ -67,6 +74,33 @@ def test_runs_agree_to_the_bit():
     inputs, probe = draw(64, 16, 8, 4, 2, torch.bfloat16), torch.randn(64, 16)
     first, second = (results(*by_buffers(inputs), probe) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second))
+
+
+def test_threads_share_experts_unless_one_has_more_than_its_share():
+    """The same bits on one thread and on two, where they share; close where they share products."""
+    torch.set_num_threads(2)  # put back by the fixture
+    even, probe = draw(64, 16, 8, 4, 2, torch.float32), torch.randn(64, 16)
+    heavy = even._replace(expert_ids_TK=torch.tensor([[0, 1]] * 60 + [[2, 3]] * 4))
+    for inputs in (even, heavy):
+        shared = results(*by_buffers(inputs), probe)
+        torch.set_num_threads(1)
+        alone = results(*by_buffers(inputs), probe)
+        torch.set_num_threads(2)
+        for mine, theirs in zip(shared, alone):
+            torch.testing.assert_close(mine, theirs)
+    segments = _segments(torch.tensor([60, 120, 124, 128], dtype=torch.int32))
+    assert [segment.expert for segment in segments] == [0, 1, 2, 3]
+    threads = []
+    _for_each(segments, lambda mine: threads.append(list(mine)))
+    assert sum(map(len, threads)) == 4
+    threads.clear()
+    _for_each(_segments(torch.tensor([65, 120, 124, 128], dtype=torch.int32)), lambda m: threads.append(list(m)))
+    assert [len(mine) for mine in threads] == [4]  # one thread had them all
+
+
+def test_rows_of_16_bits_are_filled_up_so_that_products_have_few_shapes():
+    assert [_filled(rows, torch.bfloat16) for rows in (1, 16, 17)] == [16, 16, 32]
+    assert _filled(17, torch.float32) == 17
 
 
 def test_both_ops_keep_the_contract_of_custom_ops():

@@ -12,7 +12,10 @@ from torch import Tensor
 
 from moe_lab.config import PRESETS, MoEConfig, check_choice
 
-LAYERS: dict[str, MoEConfig] = PRESETS | {"fine": MoEConfig(dim=1536, hidden_dim=256, num_experts=128, top_k=8)}
+LAYERS: dict[str, MoEConfig] = PRESETS | {
+    "fine": MoEConfig(dim=1536, hidden_dim=256, num_experts=128, top_k=8),
+    "fine_64": MoEConfig(dim=2048, hidden_dim=512, num_experts=64, top_k=8),
+}
 TOKENS = {"mixtral_8x7b": 8192}  # a layer's tokens where they are not DEFAULT_TOKENS
 DEFAULT_TOKENS = 16384
 SKEW = 0.5

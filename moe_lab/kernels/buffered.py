@@ -1,21 +1,34 @@
 """Dispatch, experts and combine on a CPU, expert by expert, in buffers used again by every expert.
 
 The rows of one expert are gathered and multiplied while they are in the cache; of all rows at once there are only the
-experts' outputs, from which every token takes its sum. Sums over experts are float32 (float64 for float64), in slot
-order, rounded once: the same bits on every run. Backward is written by hand in the same way. It never needs the
-experts' outputs: a gate's gradient <y, dOut> is <hidden, dOut w2>.
+experts' outputs, from which every token takes its sum. Threads share the experts, unless one has more than a thread's
+share of all rows. Sums over experts are float32 (float64 for float64), in slot order, rounded once: the same bits on
+every run. Backward is written by hand in the same way. It never needs the experts' outputs: a gate's gradient
+<y, dOut> is <hidden, dOut w2>.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_lab.kernels import workspace
+from moe_lab.kernels import crew
+from moe_lab.kernels.bags import positions, rows_and_zeros, sum_bags, wide
+
+FILL = 16
+aten = torch.ops.aten
+
+
+class Segment(NamedTuple):
+    """The rows start .. end of one expert."""
+
+    expert: int
+    start: int
+    end: int
 
 
 def buffered_experts(
@@ -33,24 +46,48 @@ def buffered_experts(
     return buffered_forward(x_TD, gates_TK, order_R, ends_E, w1_EFD, w2_EDF, w3_EFD, save)[0]
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
+def _segments(ends_E: Tensor) -> list[Segment]:
+    """Experts with rows, those with most first."""
+    ends = ends_E.tolist()
+    segments = (Segment(expert, start, end) for expert, (start, end) in enumerate(zip([0, *ends], ends)))
+    return sorted((s for s in segments if s.end > s.start), key=lambda s: s.start - s.end)
 
 
-def _segments(ends_E: Tensor) -> Iterator[tuple[int, int, int]]:
-    start = 0
-    for expert, end in enumerate(ends_E.tolist()):
-        if end > start:
-            yield expert, start, end
-        start = end
+def _for_each(segments: list[Segment], work: Callable[[Iterator[Segment]], None]) -> None:
+    """Threads share the experts; where one expert would keep a thread longer than the rest, they share products."""
+    rows = [s.end - s.start for s in segments]
+    if segments and rows[0] * torch.get_num_threads() <= sum(rows):
+        crew.share(work, segments)
+    else:
+        work(iter(segments))
 
 
-def _largest(ends_E: Tensor) -> int:
-    return int(ends_E.diff(prepend=ends_E.new_zeros(1)).max()) if ends_E.numel() else 0
+def _filled(rows: int, dtype: torch.dtype) -> int:
+    """Rows that a product is given. In 16 bits the library compiles one for each number of rows: keep these few."""
+    return -(-rows // FILL) * FILL if dtype.itemsize == 2 else rows
 
 
-def _buffers(like: Tensor, rows: int, *widths: int) -> list[Tensor]:
-    return [like.new_empty(rows, width) for width in widths]
+def _buffers(like: Tensor, segments: list[Segment], *widths: int) -> list[Tensor]:
+    most = max((_filled(s.end - s.start, like.dtype) for s in segments), default=0)
+    return [like.new_empty(most, width) for width in widths]
+
+
+def _gathered(rows: Tensor, index: Tensor, out: Tensor) -> Tensor:
+    """rows[index], and zeros up to a filled number of rows: what is computed from these is zero."""
+    filled = _filled(len(index), rows.dtype)
+    torch.index_select(rows, 0, index, out=out[: len(index)])
+    out[len(index) : filled] = 0
+    return out[:filled]
+
+
+def _copied(rows: Tensor, out: Tensor) -> Tensor:
+    """The same of rows that lie together; not copied where they need not be."""
+    filled = _filled(len(rows), rows.dtype)
+    if filled == len(rows):
+        return rows
+    out[: len(rows)] = rows
+    out[len(rows) : filled] = 0
+    return out[:filled]
 
 
 @torch.library.custom_op("moe_lab::buffered_experts", mutates_args=())
@@ -66,22 +103,25 @@ def buffered_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The output, and with `save` the gate and up products (R, F), which backward needs; else these are empty."""
     (_, dim), hidden_dim, num_rows = x_TD.shape, w1_EFD.shape[1], order_R.numel()
-    most = _largest(ends_E)
-    token_R = _tokens(order_R, gates_TK)
-    gate_SF, up_SF = _buffers(x_TD, num_rows if save else most, hidden_dim, hidden_dim)
-    (x_CD,) = _buffers(x_TD, most, dim)
-    y_RD = _rows_and_zeros(x_TD, num_rows)
+    token_P, segments = F.pad(_tokens(order_R, gates_TK), (0, FILL)), _segments(ends_E)
+    gate_SF, up_SF = (x_TD.new_empty(num_rows if save else 0, hidden_dim) for _ in range(2))
+    y_RD = rows_and_zeros(x_TD, num_rows)
     w1_DF, w2_FD, w3_DF = (w.mT.unbind() for w in (w1_EFD, w2_EDF, w3_EFD))
-    for expert, start, end in _segments(ends_E):
-        rows = slice(start, end) if save else slice(0, end - start)
-        x = torch.index_select(x_TD, 0, token_R[start:end], out=x_CD[: end - start])
-        gate = torch.mm(x, w1_DF[expert], out=gate_SF[rows])
-        up = torch.mm(x, w3_DF[expert], out=up_SF[rows])
-        torch.mm(F.silu(gate).mul_(up), w2_FD[expert], out=y_RD[start:end])
-    out_TD = _sum_rows(y_RD, _positions(order_R, gates_TK), gates_TK)
-    if not save:
-        gate_SF, up_SF = x_TD.new_empty(0, hidden_dim), x_TD.new_empty(0, hidden_dim)
-    return out_TD, gate_SF, up_SF
+
+    def work(mine: Iterator[Segment]) -> None:
+        x_CD, y_CD, gate_CF, up_CF = _buffers(x_TD, segments, dim, dim, hidden_dim, hidden_dim)
+        for expert, start, end in mine:
+            rows = _filled(end - start, x_TD.dtype)  # filled up with any rows: what comes of them is not read
+            x = torch.index_select(x_TD, 0, token_P[start : start + rows], out=x_CD[:rows])
+            gate = torch.mm(x, w1_DF[expert], out=gate_CF[:rows])
+            up = torch.mm(x, w3_DF[expert], out=up_CF[:rows])
+            if save:
+                gate_SF[start:end], up_SF[start:end] = gate[: end - start], up[: end - start]
+            hidden = aten.silu.out(gate, out=gate).mul_(up)
+            _product(hidden, w2_FD[expert], y_RD[start:end], y_CD)
+
+    _for_each(segments, work)
+    return sum_bags(y_RD, positions(order_R, gates_TK), gates_TK).to(x_TD.dtype), gate_SF, up_SF
 
 
 @torch.library.custom_op("moe_lab::buffered_experts_backward", mutates_args=())
@@ -98,77 +138,56 @@ def buffered_backward(
     up_RF: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, the gates, w1, w2 and w3. Weights of an expert without rows get exactly 0."""
-    (_, dim), hidden_dim, most = x_TD.shape, w1_EFD.shape[1], _largest(ends_E)
-    token_R, weight_R1 = _tokens(order_R, gates_TK), gates_TK.reshape(-1)[order_R][:, None].to(x_TD.dtype)
-    grad_gate_R = gates_TK.new_empty(order_R.numel())
+    (_, dim), hidden_dim, num_rows = x_TD.shape, w1_EFD.shape[1], order_R.numel()
+    token_R, segments = _tokens(order_R, gates_TK), _segments(ends_E)
+    weight_R1 = gates_TK.reshape(-1)[order_R][:, None].to(x_TD.dtype)
+    grad_gate_R = gates_TK.new_empty(num_rows)
     dw1_EFD, dw2_EDF, dw3_EFD = grads = [torch.empty(w.shape, dtype=w.dtype) for w in (w1_EFD, w2_EDF, w3_EFD)]
-    _zero_empty(grads, ends_E)
-    x_CD, grad_CD = _buffers(x_TD, most, dim, dim)
-    silu_CF, hidden_CF, dhidden_CF, dup_CF = _buffers(x_TD, most, *[hidden_dim] * 4)
-    dx_RD = _rows_and_zeros(x_TD, order_R.numel())
-    for expert, start, end in _segments(ends_E):
-        count, token, weight = end - start, token_R[start:end], weight_R1[start:end]
-        x = torch.index_select(x_TD, 0, token, out=x_CD[:count])
-        dy = torch.index_select(grad_TD, 0, token, out=grad_CD[:count])
-        gate, up = gate_RF[start:end], up_RF[start:end]
-        silu = torch.ops.aten.silu.out(gate, out=silu_CF[:count])
-        hidden = torch.mul(silu, up, out=hidden_CF[:count])
-        dhidden = torch.mm(dy, w2_EDF[expert], out=dhidden_CF[:count])  # before the gate's weight
-        grad_gate_R[start:end] = (hidden * dhidden).sum(1, dtype=_wide(x_TD.dtype))
-        torch.mm(dy.T, hidden.mul_(weight), out=dw2_EDF[expert])
-        dhidden.mul_(weight)
-        dup = torch.mul(dhidden, silu, out=dup_CF[:count])
-        dgate = torch.ops.aten.silu_backward.grad_input(dhidden.mul_(up), gate, grad_input=silu)
-        torch.mm(dgate.T, x, out=dw1_EFD[expert])
-        torch.mm(dup.T, x, out=dw3_EFD[expert])
-        torch.mm(dgate, w1_EFD[expert], out=dx_RD[start:end]).addmm_(dup, w3_EFD[expert])
+    for expert in set(range(len(w1_EFD))) - {s.expert for s in segments}:
+        for grad in grads:
+            grad[expert].zero_()
+    dx_RD = rows_and_zeros(x_TD, num_rows)
+
+    def work(mine: Iterator[Segment]) -> None:
+        x_CD, dy_CD, dx_CD = _buffers(x_TD, segments, *[dim] * 3)
+        gate_CF, up_CF, silu_CF, hidden_CF, dhidden_CF, dup_CF = _buffers(x_TD, segments, *[hidden_dim] * 6)
+        for expert, start, end in mine:
+            x, dy = _gathered(x_TD, token_R[start:end], x_CD), _gathered(grad_TD, token_R[start:end], dy_CD)
+            gate, up = _copied(gate_RF[start:end], gate_CF), _copied(up_RF[start:end], up_CF)
+            count, filled = end - start, slice(len(x))
+            silu = aten.silu.out(gate, out=silu_CF[filled])
+            hidden = torch.mul(silu, up, out=hidden_CF[filled])
+            dhidden = torch.mm(dy, w2_EDF[expert], out=dhidden_CF[filled])  # before the gate's weight
+            grad_gate_R[start:end] = (hidden * dhidden)[:count].sum(1, dtype=wide(x_TD.dtype))
+            hidden[:count].mul_(weight_R1[start:end])
+            torch.mm(dy.T, hidden, out=dw2_EDF[expert])
+            dhidden[:count].mul_(weight_R1[start:end])
+            dup = torch.mul(dhidden, silu, out=dup_CF[filled])
+            dgate = aten.silu_backward.grad_input(dhidden.mul_(up), gate, grad_input=silu)
+            torch.mm(dgate.T, x, out=dw1_EFD[expert])
+            torch.mm(dup.T, x, out=dw3_EFD[expert])
+            _product(dgate, w1_EFD[expert], dx_RD[start:end], dx_CD, (dup, w3_EFD[expert]))
+
+    _for_each(segments, work)
     grad_gates_TK = gates_TK.new_zeros(gates_TK.shape)
     grad_gates_TK.view(-1)[order_R] = grad_gate_R
-    return _sum_rows(dx_RD, _positions(order_R, gates_TK)), grad_gates_TK, dw1_EFD, dw2_EDF, dw3_EFD
+    dx_TD = sum_bags(dx_RD, positions(order_R, gates_TK)).to(x_TD.dtype)
+    return dx_TD, grad_gates_TK, dw1_EFD, dw2_EDF, dw3_EFD
+
+
+def _product(a: Tensor, b: Tensor, out: Tensor, buffer: Tensor, more: tuple[Tensor, Tensor] | None = None) -> None:
+    """Out = a b, plus the product of `more`; by way of the buffer where out is of another dtype or has fewer rows."""
+    straight = out.dtype == a.dtype
+    product = torch.mm(a, b, out=out if straight else buffer[: len(a)])
+    if more is not None:
+        product.addmm_(*more)
+    if not straight:
+        out.copy_(product[: len(out)])
 
 
 def _tokens(order_R: Tensor, gates_TK: Tensor) -> Tensor:
     """The token of each row."""
     return order_R.div(gates_TK.shape[1], rounding_mode="floor")
-
-
-def _positions(order_R: Tensor, gates_TK: Tensor) -> Tensor:
-    """(T, K): the row of each assignment; of a dropped one the row after the last, which holds zeros."""
-    num_rows = order_R.numel()
-    position_N = order_R.new_full((gates_TK.numel(),), num_rows)
-    position_N[order_R] = torch.arange(num_rows)
-    return position_N.view(gates_TK.shape)
-
-
-def _rows_and_zeros(like: Tensor, num_rows: int) -> Tensor:
-    rows = workspace.take(like, num_rows + 1, like.shape[1])
-    rows[num_rows] = 0
-    return rows
-
-
-def _sum_rows(rows_RD: Tensor, position_TK: Tensor, gates_TK: Tensor | None = None) -> Tensor:
-    """(T, D): the K rows of each token under their gates, summed in float32 at least, rounded once."""
-    dtype = rows_RD.dtype
-    if dtype == _wide(dtype):
-        weights = None if gates_TK is None else gates_TK.to(dtype)
-        return F.embedding_bag(position_TK, rows_RD, per_sample_weights=weights, mode="sum")
-    # embedding_bag would round gates to the rows' dtype.
-    total_TD = torch.zeros(len(position_TK), rows_RD.shape[1])
-    slot_TD = rows_RD.new_empty(total_TD.shape)
-    for k, position_T in enumerate(position_TK.T):
-        torch.index_select(rows_RD, 0, position_T, out=slot_TD)
-        if gates_TK is None:
-            total_TD.add_(slot_TD)
-        else:
-            total_TD.addcmul_(slot_TD, gates_TK[:, k : k + 1])
-    return total_TD.to(dtype)
-
-
-def _zero_empty(grads: list[Tensor], ends_E: Tensor) -> None:
-    used = {expert for expert, _, _ in _segments(ends_E)}
-    for expert in set(range(ends_E.numel())) - used:
-        for grad in grads:
-            grad[expert].zero_()
 
 
 @buffered_forward.register_fake

@@ -35,14 +35,14 @@ def combine_gather(rows_RD: Tensor, gates_TK: Tensor | None, order_R: Tensor, po
 
 
 def combine_gather_in_pytorch(rows_RD: Tensor, gates_TK: Tensor | None, order_R: Tensor, position_TK: Tensor) -> Tensor:
-    """`combine_gather`, a slot at a time; in one pass where the CPU has one."""
+    """`combine_gather`, in one pass on a CPU, else a slot at a time."""
     num_tokens, top_k = position_TK.shape
     wide = torch.promote_types(rows_RD.dtype, torch.float32)
     if rows_RD.numel() == 0:
         return rows_RD.new_zeros(num_tokens, rows_RD.shape[1])
     dropless = position_TK.numel() == order_R.numel()
-    if rows_RD.device.type == "cpu" and rows_RD.dtype == wide:
-        return _combine_bags(rows_RD, gates_TK, position_TK, dropless)
+    if rows_RD.device.type == "cpu":
+        return _combine_bags(rows_RD.to(wide), gates_TK, position_TK, dropless).to(rows_RD.dtype)
     out_TD = torch.zeros(num_tokens, rows_RD.shape[1], dtype=wide, device=rows_RD.device)
     for k in range(top_k):
         position_T = position_TK[:, k]
@@ -66,7 +66,7 @@ def _(rows_RD: Tensor, gates_TK: Tensor | None, order_R: Tensor, position_TK: Te
 
 
 def _combine_bags(rows_RD: Tensor, gates_TK: Tensor | None, position_TK: Tensor, dropless: bool) -> Tensor:
-    """`embedding_bag` is this very sum in one pass over the rows, where gates share the rows' dtype."""
+    """`embedding_bag` is this very sum in one pass over the rows, where these are as wide as the gates."""
     weights_TK = torch.ones_like(position_TK, dtype=rows_RD.dtype) if gates_TK is None else gates_TK.to(rows_RD.dtype)
     if dropless:
         return F.embedding_bag(position_TK, rows_RD.contiguous(), mode="sum", per_sample_weights=weights_TK)
