@@ -122,12 +122,14 @@ def text(table: Measurements) -> str:
                     dense = "" if bench == "combine" else f"   {one.dense:.2f} x dense"
                     ratio = f"{one.ratio.median:.2f} [{one.ratio.low:.2f}, {one.ratio.high:.2f}] x {one.peer}"
                     lines.append(f"  {one.layer:10} {one.ms:8.2f} ms   {ratio}{dense}")
-                parts = (f"{name} {value:.2f}" for name, value in summary(found).items())
-                lines.append("  " + ", ".join(p for p in parts if bench == "layer" or not p.startswith("dense")))
+                over = {
+                    name: value for name, value in summary(found).items() if bench == "layer" or name[:5] != "dense"
+                }
+                lines.append("  " + ", ".join(f"{name} {value:.2f}" for name, value in over.items()))
     lines.append("\nforward made of: the experts' products alone, the plan, and all of it, over the dense bound")
     for row in table.select(bench="parts", arm="products").rows:
-        found = table.select(bench="parts", layer=row.layer, dtype=row.dtype).rows
-        lines.append(f"  {row.layer:10} {row.dtype:9} " + "   ".join(f"{a.arm} {a.ratio:.2f}" for a in found))
+        parts = (f"{a.arm} {a.ratio:.2f}" for a in table.select(bench="parts", layer=row.layer, dtype=row.dtype).rows)
+        lines.append(f"  {row.layer:10} {row.dtype:9} {'   '.join(parts)}")
     lines.append("\npeak of a fresh process above inputs and weights, forward and backward, MiB")
     memory = table.select(bench="memory")
     for row in memory.rows:
@@ -153,7 +155,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.show:
         print(text(load(args.show)))
         return 0
-    facts: dict[str, str | int] = timing.environment(CPU) | {"rounds": args.rounds}  # type: ignore[assignment]
+    facts: dict[str, str | int] = timing.environment(CPU) | {"rounds": args.rounds}
     rows: list[Measurement] = []
     try:
         for dtype, layer in tqdm([(dtype, layer) for dtype in DTYPES for layer in LAYERS]):
