@@ -119,13 +119,11 @@ def text(table: Measurements) -> str:
                 found = standings(table.select(bench=bench, dtype=dtype, direction=direction).rows, arm, peers)
                 lines.append(f"\n{bench}, {dtype}, {direction}: {arm} over the fastest of {', '.join(peers)}")
                 for one in found:
-                    dense = "" if bench == "combine" else f"   {one.dense:.2f} x dense"
+                    dense = "" if one.dense is None else f"   {one.dense:.2f} x dense"
                     ratio = f"{one.ratio.median:.2f} [{one.ratio.low:.2f}, {one.ratio.high:.2f}] x {one.peer}"
                     lines.append(f"  {one.layer:10} {one.ms:8.2f} ms   {ratio}{dense}")
-                over = {
-                    name: value for name, value in summary(found).items() if bench == "layer" or name[:5] != "dense"
-                }
-                lines.append("  " + ", ".join(f"{name} {value:.2f}" for name, value in over.items()))
+                if found:
+                    lines.append("  " + ", ".join(f"{name} {value:.2f}" for name, value in summary(found).items()))
     lines.append("\nforward made of: the experts' products alone, the plan, and all of it, over the dense bound")
     for row in table.select(bench="parts", arm="products").rows:
         parts = (f"{a.arm} {a.ratio:.2f}" for a in table.select(bench="parts", layer=row.layer, dtype=row.dtype).rows)

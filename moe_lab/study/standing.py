@@ -41,7 +41,8 @@ def standings(rows: Iterable[Measurement], arm: str, peers: Sequence[str]) -> li
             continue
         own, best = arms[arm], min(rivals, key=lambda row: row.median)
         ratio = timing.ratio(own.repeats or (), best.repeats or ())
-        found.append(Standing(layer, dtype, direction, own.median, best.arm, ratio, own.ratio))
+        dense = own.ratio if own.ratio_to == "dense" else None
+        found.append(Standing(layer, dtype, direction, own.median, best.arm, ratio, dense))
     return found
 
 
