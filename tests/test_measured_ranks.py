@@ -1,15 +1,17 @@
 """What ranks measured, read from its file, printed and drawn."""
 
+import dataclasses
+
 import pytest
 
 from moe_lab import data
 from moe_lab.jobs.ranks_table import PHASES, load, save
-from moe_lab.view.measured_ranks import RanksText, phases
+from moe_lab.view.measured_ranks import RanksText, layout, phases
 
 
 @pytest.fixture(scope="module")
 def kept():
-    return load(data.result("h200x2_10B_2B.json"))
+    return load(data.result("h100x4_ep2_10B_2B.json"))
 
 
 def test_rows_are_read_as_they_were_kept(kept, tmp_path):
@@ -21,11 +23,17 @@ def test_rows_are_read_as_they_were_kept(kept, tmp_path):
 def test_the_text_names_device_date_and_every_row(kept):
     environment, rows = kept
     lines = RanksText(environment, tuple(rows)).text().splitlines()
-    assert lines[0] == "2 x NVIDIA H200 · torch 2.11.0+cu130 · 2026-11-24"
-    assert lines[1] == "10B_2B · 16,384 tokens a rank · D 2,048, F 1,408, E 36, K 3"
-    assert lines[3].split()[:4] == ["skewed", "unequal", "3.97", "10.53"]
+    assert lines[0] == "4 x NVIDIA H100 80GB HBM3 · torch 2.11.0+cu130 · 2026-11-26"
+    assert lines[1] == "10B_2B · EP 2 x DP 2 · 16,384 tokens a rank · D 2,048, F 1,408, E 36, K 3"
+    assert lines[3].split()[:4] == ["skewed", "unequal", "3.82", "13.02"]
     assert len(lines) == 2 + 1 + len(rows) + 1 + 1 + len(rows)
     assert lines[-1].split()[2:] == [f"{rows[-1].phases_ms[name]:.2f}" for name in PHASES]
+
+
+def test_one_group_is_not_called_data_parallel(kept):
+    row = kept[1][0]
+    assert layout(row) == "EP 2 x DP 2"
+    assert layout(dataclasses.replace(row, ep=4)) == "EP 4"
 
 
 def test_bars_are_as_long_as_their_phases(kept):

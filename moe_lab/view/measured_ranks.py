@@ -41,12 +41,18 @@ class RanksText(Text):
         shape = ", ".join(f"{name} {size:,}" for name, size in first.shape.items())
         lines = [
             f"{first.ranks} x {where['device']} · torch {where['torch']} · {where['date']}",
-            f"{first.layer} · {first.tokens:,} tokens a rank · {shape}",
+            f"{first.layer} · {layout(first)} · {first.tokens:,} tokens a rank · {shape}",
             table([HEAD, *(row.cells() for row in self.rows)], left=(0, 1)),
             "",
             table([["ms", "", *PHASES], *(_phases(row) for row in self.rows)], left=(0, 1)),
         ]
         return "\n".join(lines)
+
+
+def layout(row: Row) -> str:
+    """How many ranks share the experts, and how many such groups there are."""
+    groups = row.ranks // row.ep
+    return f"EP {row.ep}" if groups == 1 else f"EP {row.ep} x DP {groups}"
 
 
 def _phases(row: Row) -> list[str]:
