@@ -8,6 +8,7 @@ from moe_lab.config import RouterConfig
 from moe_lab.jobs.importing import read_source
 from moe_lab.study.counts import CountsTrace
 from moe_lab.study.trace import RoutingTrace
+from moe_lab.view.panels.balance import BalancePanel
 from moe_lab.view.panels.counts import CountsPanel
 from moe_lab.view.panels.exchange import ExchangePanel
 from moe_lab.view.panels.padding import PaddingPanel
@@ -15,7 +16,7 @@ from moe_lab.view.panels.routing import RoutingPanel
 from moe_lab.view.panels.routing_compute import shipped_names
 from moe_lab.view.panels.timing import TimingPanel
 
-__all__ = ["CountsPanel", "ExchangePanel", "PaddingPanel", "RoutingPanel", "TimingPanel", "open_panel"]
+__all__ = ["BalancePanel", "CountsPanel", "ExchangePanel", "PaddingPanel", "RoutingPanel", "TimingPanel", "open_panel"]
 
 
 def open_panel(
