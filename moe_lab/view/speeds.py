@@ -19,6 +19,7 @@ from moe_lab.view.text import Text, table
 from moe_lab.view.theme import CHANCE, INK, LESS, MUTED, SERIES, WIDTH, WITHIN
 
 BOUNDS = ("dense", "copy")
+FLOOR = 0.8  # times the bound where bars begin
 Breakdowns = Mapping[str, Mapping[str, Sequence[Sequence[float]]]]
 
 
@@ -130,7 +131,7 @@ def times_bound(groups: Mapping[str, Sequence[Measurement]], what: str) -> Figur
             axes.axhline(1, color=INK, lw=0.8, ls="--")
             axes.set_yscale("log", base=2)
             axes.set_yticks([1, 2, 4, 8, 16, 32, 64], ["1", "2", "4", "8", "16", "32", "64"])
-            axes.set_ylim(0.9, 110)
+            axes.set_ylim(FLOOR, 160)
             axes.set_xticks(range(len(groups)), list(groups))
             axes.set_ylabel("times two dense products" if i == 0 else "")
             axes.tick_params(axis="x", length=0)
@@ -146,5 +147,5 @@ def _group(axes: Axes, x: int, rows: Sequence[Measurement], arms: Sequence[str])
             continue
         a = arms.index(row.arm)
         at = x - 0.42 + (a + 0.5) * width
-        axes.bar(at, row.ratio - 0.9, 0.9 * width, bottom=0.9, color=SERIES[a % len(SERIES)], lw=0)
-        axes.text(at, row.ratio * 1.04, f"{row.ratio:.2f}", ha="center", va="bottom", size=5.5, rotation=90, color=INK)
+        axes.bar(at, row.ratio - FLOOR, 0.9 * width, bottom=FLOOR, color=SERIES[a % len(SERIES)], lw=0)
+        axes.text(at, max(row.ratio, 1) * 1.04, f"{row.ratio:.2f}", ha="center", va="bottom", size=5.5, rotation=90, color=INK)
