@@ -96,9 +96,9 @@ def one_process(config: TrainConfig, threads: int = 1, parts: int = 1) -> Run:
         torch.set_num_threads(1)
 
 
-def on_rank(config: TrainConfig, out: Path, ep: int) -> Run | None:
+def on_rank(config: TrainConfig, out: Path, layout: Layout) -> Run | None:
     """One rank's part; the run, on the rank that leads."""
-    return _run(config, out, partial(DistributedTrainer, ep=ep))
+    return _run(config, out, partial(DistributedTrainer, ep=layout.ep, sp=layout.sp))
 
 
 def _run(config: TrainConfig, out: Path, make: Callable[..., Trainer]) -> Run | None:
@@ -146,7 +146,7 @@ def compare(config: TrainConfig = SHRUNK) -> dict[str, Any]:
     runs |= {name: one_process(config, threads, parts) for name, (threads, parts) in CONTROLS.items()}
     for name, layout in LAYOUTS.items():
         with RankPool(layout.ranks, backend="gloo", timeout=300) as pool, tempfile.TemporaryDirectory() as out:
-            runs[name] = pool.run(on_rank, config, Path(out), layout.ep)[0]
+            runs[name] = pool.run(on_rank, config, Path(out), layout)[0]
             held = pool.run(measure, config.model, text_BL, layout.ep)
         footprints[name] = memory(config, layout, held)
     curves = {name: run.bits_per_byte for name, run in runs.items()}

@@ -62,7 +62,8 @@ def check_layout(config: MoEConfig, dp: int, ep: int) -> None:
             field, size = ("dim", config.dim) if name == "w2_EDF" else ("hidden_dim", config.hidden_dim)
             raise ValueError(
                 f"num_experts={config.num_experts} on {dp * ep} ranks with ep={ep}: the {local} experts of a rank must "
-                f"divide over the {dp} ranks that hold them (dp x sp), or with more ranks than experts {field}={size} must"
+                f"divide over the {dp} ranks of dp x sp that hold them, or with more ranks than experts "
+                f"{field}={size} must"
             )
 
 
@@ -90,8 +91,8 @@ def shard_moe(
 
     Each module that holds an `MoE` is gathered and reduced as a unit, and what is left with the model. Dense weights
     are cut over all ranks; expert weights Shard(0) over `ep`, then by `expert_dim` over `dp` and `sp`. Gradients are
-    those of the mean loss over all ranks. `dtype`: weights but the gates' are rounded to it in forward and backward; gradients
-    are reduced in float32. `checkpointing`: those units keep only their input and run again in backward.
+    those of the mean loss over all ranks. `dtype`: weights but the gates' are rounded to it in forward and backward;
+    gradients are reduced in float32. `checkpointing`: those units keep only their input and run again in backward.
 
     Raises the same `ValueError` on every rank for a mesh or a layer that does not fit, or settings that differ.
     """

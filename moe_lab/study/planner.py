@@ -36,20 +36,23 @@ FLOAT, INT = 4, 8
 
 @dataclass(frozen=True)
 class Layout:
-    """`ranks` ranks as (dp, ep). `ValueError` unless `ep` divides them."""
+    """`ranks` ranks as (dp, sp, ep). `ValueError` unless `ep` and `sp` divide them."""
 
     ranks: int
     ep: int = 1
+    sp: int = 1
 
     def __post_init__(self) -> None:
-        check_int("ranks", self.ranks, 1)
-        check_int("ep", self.ep, 1)
+        for name in ("ranks", "ep", "sp"):
+            check_int(name, getattr(self, name), 1)
         if self.ranks % self.ep:
             raise ValueError(f"ep={self.ep} must divide the {self.ranks} ranks")
+        if self.ranks % (self.ep * self.sp):
+            raise ValueError(f"sp={self.sp} must divide the {self.ranks // self.ep} ranks beside ep={self.ep}")
 
     @property
-    def dp(self) -> int:
-        """Ranks that hold parts of the same experts."""
+    def replicas(self) -> int:
+        """Ranks that hold parts of the same experts, over dp and sp."""
         return self.ranks // self.ep
 
 
@@ -80,7 +83,7 @@ def plan(config: LMConfig, layout: Layout, tokens: int, load: float = 1.0) -> Fo
         raise ValueError("planned are backend='loop', scores after experts, no biases and no gate of shared experts")
     if moe.capacity_factor is not None or tokens % config.max_length:
         raise ValueError(f"tokens={tokens} must be whole sequences of {config.max_length}, and nothing dropped")
-    check_layout(moe, layout.dp, layout.ep)
+    check_layout(moe, layout.replicas, layout.ep)
     shapes = weights(config)
     parameters = FLOAT * sum(shard(config, layout, name, shape) for name, shape in shapes.items())
     optimizer = 2 * parameters + FLOAT * len(shapes)
@@ -115,9 +118,9 @@ def shard(config: LMConfig, layout: Layout, name: str, shape: torch.Size) -> int
     """Numbers of one weight on the rank that holds the largest part."""
     if ".experts." not in name:
         return math.ceil(shape[0] / layout.ranks) * shape[1:].numel()
-    dim = expert_dim(config.moe, name.rsplit(".", 1)[1], layout.dp, layout.ep)
+    dim = expert_dim(config.moe, name.rsplit(".", 1)[1], layout.replicas, layout.ep)
     local = [shape[0] // layout.ep, *shape[1:]]
-    local[dim] = math.ceil(local[dim] / layout.dp)
+    local[dim] = math.ceil(local[dim] / layout.replicas)
     return math.prod(local)
 
 

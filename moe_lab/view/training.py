@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,46 @@ from matplotlib.figure import Figure
 
 from moe_lab.view import theme
 from moe_lab.view.pictures import heading, inset
-from moe_lab.view.theme import MUTED, SERIES, WIDTH
+from moe_lab.view.theme import MUTED, SERIES, WIDTH, WITHIN
+
+Curves = Sequence[Sequence[tuple[int, float]]]
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The lines of a `log.jsonl` that `moe-lab train` writes."""
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    """The lines of a `log.jsonl` that `moe-lab train` writes; one that is being written does not count yet."""
+    lines = path.read_text().splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+class StepsPicture(theme.Live):
+    """Curves that grow while a run goes on, one a label, over the same of the run before in grey."""
+
+    def __init__(
+        self, title: str, labels: Sequence[str], *, steps: int, ylabel: str, ylim: tuple[float, float]
+    ) -> None:
+        with theme.style():
+            drawn = theme.figure(450, 260)
+            axes = inset(drawn, left=44, right=12, bottom=40, top=44)
+            self._note = heading(axes, title)
+            axes.set(xlim=(0, steps), ylim=ylim, ylabel=ylabel)
+            axes.set_xlabel("step", color=MUTED)
+            axes.grid(axis="y")
+            self._before = [axes.plot([], [], color=WITHIN, lw=1)[0] for _ in labels]
+            self._lines = [
+                axes.plot([], [], color=colour, lw=1.4, label=label)[0]
+                for colour, label in zip(SERIES, labels, strict=False)
+            ]
+            if len(labels) > 1:
+                axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=len(labels), borderaxespad=0)
+        super().__init__(drawn, [*self._before, *self._lines, self._note])
+
+    def update(self, curves: Curves, before: Curves, note: str) -> StepsPicture:
+        """Show both runs so far: (step, value) points of every label."""
+        for lines, points in ((self._lines, curves), (self._before, before)):
+            for at, line in enumerate(lines):
+                line.set_data(*zip(*points[at])) if at < len(points) and points[at] else line.set_data([], [])
+        self._note.set_text(note)
+        return self
 
 
 def curves(runs: Mapping[str, list[dict[str, Any]]]) -> Figure:

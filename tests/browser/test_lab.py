@@ -160,3 +160,20 @@ def test_the_timing_panel_runs_when_asked_and_stops_when_told(plans):
     harness.press(plans, "run")
     harness.press(plans, "cancel")
     harness.wait_for_text(plans, "cancelled")
+
+
+@pytest.mark.parametrize("plans", [("09_training.ipynb", "TrainingPanel(")], indirect=True)
+def test_a_run_is_watched_while_it_goes_on_and_ends_when_told(plans):
+    before, after = harness.move_slider(plans, "steps")
+    assert "60 steps" in before.text
+    assert "70 steps" in after.text
+    harness.press(plans, "run")
+    harness.wait_for_text(plans, "of 70 · bits per byte")
+    live = harness.panel(plans)
+    assert [a != b for a, b in zip(live.pictures, after.pictures)] == [True, True]
+    harness.screenshot(plans, "09_training-live")
+    harness.wait_for_text(plans, "step 70 of 70")
+    harness.press(plans, "run")
+    harness.wait_for_text(plans, "starting ranks")
+    harness.press(plans, "cancel")
+    harness.wait_for_text(plans, "cancelled")

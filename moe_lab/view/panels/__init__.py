@@ -15,8 +15,18 @@ from moe_lab.view.panels.padding import PaddingPanel
 from moe_lab.view.panels.routing import RoutingPanel
 from moe_lab.view.panels.routing_compute import shipped_names
 from moe_lab.view.panels.timing import TimingPanel
+from moe_lab.view.panels.training import TrainingPanel
 
-__all__ = ["BalancePanel", "CountsPanel", "ExchangePanel", "PaddingPanel", "RoutingPanel", "TimingPanel", "open_panel"]
+__all__ = [
+    "BalancePanel",
+    "CountsPanel",
+    "ExchangePanel",
+    "PaddingPanel",
+    "RoutingPanel",
+    "TimingPanel",
+    "TrainingPanel",
+    "open_panel",
+]
 
 
 def open_panel(
