@@ -4,7 +4,7 @@ import pytest
 
 from moe_lab import data
 from moe_lab.models.lm import SMALL
-from moe_lab.study.planner import Footprint, Layout, plan, shard, trace_load, weights
+from moe_lab.study.planner import Footprint, Layout, block_activations, plan, shard, trace_load, weights
 from moe_lab.study.ranks import rank_load
 from tests.test_lm import TINY
 
@@ -41,9 +41,28 @@ def test_the_peak_is_where_backward_begins_or_where_gradients_are_there():
     few = plan(TINY, Layout(2), 32)  # logits are most
     assert few.peak == few.parameters + few.optimizer + few.activations + 4 * (2 * 256 * 16 + 16) + few.logits
     wide = plan(WIDE, Layout(2), 32)  # gradients outweigh activations
-    block = 4 * (48 * 16 + 16 * 16 + 3 * 64 * 16 + 2 * 16 + 64 * 3 * 64 * 16)
+    experts, dense = 4 * 64 * 3 * 64 * 16, 4 * (48 * 16 + 16 * 16 + 3 * 64 * 16 + 2 * 16)
     outside = 4 * (2 * 256 * 16 + 16)
-    assert wide.peak == wide.parameters + wide.optimizer + outside + wide.gradients + 2 * block
+    gate, head = 4 * 64 * 16, 4 * 256 * 16
+    gradients = head + experts + (experts + dense + gate) // 2  # of the head, of this block's experts, of the other
+    moving = 2 * 4 * 64 * 16
+    kept = block_activations(WIDE, 32, 64)
+    wide_peak = wide.parameters + wide.optimizer + outside + kept + gradients + 2 * (experts + dense) + moving
+    assert wide.peak == wide_peak
+
+
+def test_each_layer_may_have_a_load_of_its_own():
+    even, uneven = plan(TINY, Layout(2, 2), 64, [1.0, 1.0]), plan(TINY, Layout(2, 2), 64, [0.5, 1.5])
+    assert even == plan(TINY, Layout(2, 2), 64)
+    assert uneven.activations == even.activations
+    assert uneven.receive == 1.5 * even.receive
+
+
+def test_positions_cut_over_ranks_are_not_planned():
+    with pytest.raises(ValueError, match="tokens=32, sp=2 must be whole sequences"):
+        plan(TINY, Layout(2, sp=2), 32)
+    with pytest.raises(ValueError, match="sp=2 must divide the 1 ranks beside ep=2"):
+        Layout(2, 2, 2)
 
 
 def test_a_shard_is_the_largest_part():

@@ -20,27 +20,32 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from tqdm import tqdm
 
 from moe_lab.jobs.corpus_file import Corpus, Split
 from moe_lab.jobs.evaluate import as_tensor
 from moe_lab.jobs.memory import Held, measure
 from moe_lab.jobs.train import Losses, TrainConfig, Trainer, train
 from moe_lab.jobs.train_distributed import DistributedTrainer
-from moe_lab.models.lm import SMALL, MoELM
+from moe_lab.models.lm import SMALL, MoELM, rotary_table
 from moe_lab.parallel.ranks import RankPool
+from moe_lab.parallel.virtual import VirtualRanks
 from moe_lab.study.planner import Layout, plan, trace_load
 from moe_lab.study.recorder import record
 from moe_lab.study.trace import Document
 
 ONE = "1 process"
-LAYOUTS = {"EP 2": Layout(2, 2), "EP 4": Layout(4, 4), "FSDP 4": Layout(4, 1), "dp 2 x ep 2": Layout(4, 2)}
-CONTROLS = {  # one process: threads, parts of a batch that it sums as so many ranks would
-    "1 process, 2 threads": (2, 1),
-    "1 process, 2 parts": (1, 2),
-    "1 process, 4 parts": (1, 4),
-    "1 process, 2 threads, 4 parts": (2, 4),
+LAYOUTS = {
+    "EP 2": Layout(2, 2),
+    "EP 4": Layout(4, 4),
+    "FSDP 4": Layout(4),
+    "dp 2 x ep 2": Layout(4, 2),
+    "sp 2 x ep 2": Layout(4, 2, sp=2),
 }
+THREADS = (1, 2, 3, 4)
+SEEDS = range(5)
 SHRUNK = TrainConfig(
     model=dataclasses.replace(
         SMALL, num_layers=2, max_length=32, moe=SMALL.moe.replace(dim=64, hidden_dim=16, num_experts=8)
@@ -66,15 +71,50 @@ def source_text() -> Corpus:
 
 
 class InParts(Trainer):
-    """One process that takes a batch in `parts`, each with the mean over its own, as many ranks do."""
+    """One process that sums as `parts` ranks do: the mean of each part's mean, a gradient's norm in float64.
 
-    def __init__(self, config: TrainConfig, corpus: Corpus, device: str, *, parts: int) -> None:
-        self.parts = parts
+    `together`: experts take the rows of all parts at once, as they do over ep.
+    """
+
+    def __init__(self, config: TrainConfig, corpus: Corpus, device: str, *, parts: int, together: bool = False) -> None:
+        self.parts, self.together = parts, together
         super().__init__(config, corpus, device)
 
     def _losses(self, bytes_BL: Tensor) -> Losses:
-        parts = [super(InParts, self)._losses(part) for part in bytes_BL.chunk(self.parts)]
-        return Losses(*(torch.stack(values).mean() for values in zip(*parts)))
+        parts = bytes_BL.chunk(self.parts)
+        logits = in_lock_step(self.model, [p[:, :-1] for p in parts], together=self.together)
+        losses = [F.cross_entropy(l_BLV.flatten(0, 1), p[:, 1:].flatten()) for l_BLV, p in zip(logits, parts)]
+        return Losses(torch.stack(losses).mean(), torch.zeros(()))
+
+    def clip(self) -> Tensor:
+        """As `clip_grad_norm` of sharded weights."""
+        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+        norm = torch.stack([grad.double().square().sum() for grad in grads]).sum().sqrt().float()
+        scale = (self.config.clip / (norm + 1e-6)).clamp(max=1.0)
+        for grad in grads:
+            grad.mul_(scale)
+        return norm
+
+
+def in_lock_step(model: MoELM, parts: Sequence[Tensor], *, together: bool) -> list[Tensor]:
+    """Logits of every part, block by block; `together`: each layer's experts are spread over as many virtual ranks."""
+    if not together:
+        return [model(bytes_BL) for bytes_BL in parts]
+    hidden = [model.embedding(bytes_BL) for bytes_BL in parts]
+    config = model.config
+    rotary = rotary_table(parts[0].shape[1], config.moe.dim // config.num_heads, parts[0].device)
+    for block in model.blocks:
+        hidden = [x_BLD + block.attention(block.attention_norm(x_BLD), rotary) for x_BLD in hidden]  # type: ignore[operator]
+        rows = [block.moe_norm(x_BLD).flatten(0, 1) for x_BLD in hidden]  # type: ignore[operator]
+        outs = VirtualRanks(block.moe, len(parts))(rows)  # type: ignore[arg-type]
+        hidden = [x_BLD + out.view_as(x_BLD) for x_BLD, out in zip(hidden, outs)]
+    return [model.head(model.norm(x_BLD)) for x_BLD in hidden]
+
+
+IN_ORDER = {  # two ranks, for whose sums there is one order; and one process that sums so
+    "FSDP 2": (Layout(2), partial(InParts, parts=2)),
+    "EP 2": (Layout(2, 2), partial(InParts, parts=2, together=True)),
+}
 
 
 class Run(NamedTuple):
@@ -84,16 +124,23 @@ class Run(NamedTuple):
     seconds: float
 
 
-def one_process(config: TrainConfig, threads: int = 1, parts: int = 1) -> Run:
+def one_process(config: TrainConfig, threads: int = 1, make: Callable[..., Trainer] = Trainer) -> Run:
     """On this process alone."""
+    before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         with tempfile.TemporaryDirectory() as out:
-            run = _run(config, Path(out), partial(InParts, parts=parts))
+            run = _run(config, Path(out), make)
             assert run is not None  # one process leads
             return run
     finally:
-        torch.set_num_threads(1)
+        torch.set_num_threads(before)
+
+
+def on_ranks(pool: RankPool, config: TrainConfig, layout: Layout) -> Run:
+    """On the ranks of a pool."""
+    with tempfile.TemporaryDirectory() as out:
+        return pool.run(on_rank, config, Path(out), layout)[0]
 
 
 def on_rank(config: TrainConfig, out: Path, layout: Layout) -> Run | None:
@@ -121,15 +168,23 @@ def largest_between(curves: Sequence[list[float]]) -> float:
 
 
 def memory(config: TrainConfig, layout: Layout, held: Sequence[Held]) -> dict[str, Any]:
-    """Bytes of the fullest rank: planned from the routing of other text, and counted."""
+    """Bytes of the fullest rank, term by term: counted, planned at the rows that came, and planned beforehand.
+
+    Beforehand is at the p99.9 of the load that other text has, on one rank in every layer.
+    """
     tokens = config.batch // layout.ranks * config.model.max_length
+    rows = tokens * config.model.moe.top_k
     torch.manual_seed(0)
     model = MoELM(config.model)  # as `measure` builds it
     with record(model) as recorder, torch.no_grad():
         model(_sequences(config, 256)[config.batch :, :-1])
-    planned = plan(config.model, layout, tokens, trace_load(recorder.trace(), layout, tokens))._asdict()
-    counted = {name: max(rank.terms[name] for rank in held) for name in held[0].terms}
-    return {"planned": planned, "counted": counted | {"peak": max(rank.peak for rank in held)}}
+    came = [plan(config.model, layout, tokens, [n / rows for n in rank.rows])._asdict() for rank in held]
+    counted = [rank.terms | {"peak": rank.peak} for rank in held]
+    return {
+        "counted": {name: max(rank[name] for rank in counted) for name in counted[0]},
+        "planned": {name: max(rank[name] for rank in came) for name in came[0]},
+        "beforehand": plan(config.model, layout, tokens, trace_load(recorder.trace(), layout, tokens))._asdict(),
+    }
 
 
 def _sequences(config: TrainConfig, count: int) -> Tensor:
@@ -137,19 +192,50 @@ def _sequences(config: TrainConfig, count: int) -> Tensor:
     return source_text().train_U8[: count * length].long().view(count, length)
 
 
+class Curves(NamedTuple):
+    """The runs of one seed: with each number of threads, on each layout, and of both sides of `IN_ORDER`."""
+
+    threads: dict[int, Run]
+    layouts: dict[str, Run]
+    in_order: dict[str, tuple[Run, Run]]
+
+    def summary(self) -> dict[str, Any]:
+        """Largest relative differences: between numbers of threads, from one process, and in the ranks' order."""
+        one = self.threads[1].bits_per_byte
+        return {
+            "threads": largest_between([run.bits_per_byte for run in self.threads.values()]),
+            "layouts": {name: difference(run.bits_per_byte, one) for name, run in self.layouts.items()},
+            "in_order": {
+                name: difference(*(run.bits_per_byte for run in runs)) for name, runs in self.in_order.items()
+            },
+        }
+
+
+def curves(config: TrainConfig, pools: dict[int, RankPool]) -> Curves:
+    """All runs of one seed."""
+    return Curves(
+        {threads: one_process(config, threads) for threads in THREADS},
+        {name: on_ranks(pools[layout.ranks], config, layout) for name, layout in LAYOUTS.items()},
+        {
+            name: (on_ranks(pools[layout.ranks], config, layout), one_process(config, make=make))
+            for name, (layout, make) in IN_ORDER.items()
+        },
+    )
+
+
 def compare(config: TrainConfig = SHRUNK) -> dict[str, Any]:
     """Every layout's curve, time and memory, and how far apart curves are of one process."""
     torch.set_num_threads(1)
     text_BL = _sequences(config, config.batch)
-    runs = {ONE: one_process(config)}
     footprints = {ONE: memory(config, Layout(1), [measure(config.model, text_BL, None)])}
-    runs |= {name: one_process(config, threads, parts) for name, (threads, parts) in CONTROLS.items()}
-    for name, layout in LAYOUTS.items():
-        with RankPool(layout.ranks, backend="gloo", timeout=300) as pool, tempfile.TemporaryDirectory() as out:
-            runs[name] = pool.run(on_rank, config, Path(out), layout)[0]
-            held = pool.run(measure, config.model, text_BL, layout.ep)
-        footprints[name] = memory(config, layout, held)
-    curves = {name: run.bits_per_byte for name, run in runs.items()}
+    with RankPool(2, backend="gloo", timeout=300) as two, RankPool(4, backend="gloo", timeout=300) as four:
+        pools = {2: two, 4: four}
+        found = {seed: curves(dataclasses.replace(config, seed=seed), pools) for seed in tqdm(SEEDS, file=sys.stderr)}
+        for name, layout in LAYOUTS.items():
+            if layout.sp == 1:
+                held = pools[layout.ranks].run(measure, config.model, text_BL, layout.ep)
+                footprints[name] = memory(config, layout, held)
+    runs = {ONE: found[0].threads[1], **found[0].layouts}
     return {
         "model": f"SMALL shrunk to {config.model.num_layers} layers, D {config.model.moe.dim}, gloo on one CPU",
         "text": f"argparse.py of Python {sys.version.split()[0]}",
@@ -157,11 +243,11 @@ def compare(config: TrainConfig = SHRUNK) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "load_average": os.getloadavg()[0],
         "config": config.to_dict(),
-        "largest_relative_difference": {name: difference(c, curves[ONE]) for name, c in curves.items()},
-        "largest_between_controls": largest_between([curves[ONE], *(curves[name] for name in CONTROLS)]),
+        "by_seed": {str(seed): one.summary() for seed, one in found.items()},
         "bytes": footprints,
-        "seconds_a_step": {name: runs[name].seconds for name in (ONE, *LAYOUTS)},
-        "bits_per_byte": curves,
+        "seconds_a_step": {name: run.seconds for name, run in runs.items()},
+        "bits_per_byte": {name: run.bits_per_byte for name, run in runs.items()}
+        | {f"{ONE}, {threads} threads": run.bits_per_byte for threads, run in found[0].threads.items() if threads > 1},
     }
 
 
@@ -170,4 +256,4 @@ if __name__ == "__main__":
 
     result = layouts.compare()
     Path(sys.argv[1]).write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps({name: result[name] for name in list(result)[6:10]}, indent=1))
+    print(json.dumps({name: result[name] for name in ("by_seed", "bytes", "seconds_a_step")}, indent=1))

@@ -125,7 +125,9 @@ class _Start(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return ctx.flight.returned(), None
+        returned = ctx.flight.returned()
+        del ctx.flight.returned  # what was sent is free as soon as it has arrived
+        return returned, None
 
 
 class _Finish(torch.autograd.Function):

@@ -13,13 +13,15 @@ T tokens a rank, R = T * K * load rows on the rank of a layer, N = dp * ep ranks
 | logits      | 4 * 2 * T * 256: gradients of the logits and log-probabilities, where backward begins        |
 
 The most at once is in backward: parameters, optimizer, weights outside blocks, and the largest of its stages. It
-begins with all activations and the logits' gradients. With i of L blocks done, (L - i) / L of the activations are
-left and i / L of the gradients are there, beside one block's weights, the block before's whole gradients, and rows.
+begins with all activations and the logits' gradients. In a block, activations are left of this one and those before,
+but of what follows the last; there are gradients of the head, of this rank's whole experts and of the blocks done, cut
+but for one that is still whole, beside the gathered block and two times the rows, with ep > 1 three.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -69,43 +71,56 @@ class Footprint(NamedTuple):
     peak: int
 
 
-def plan(config: LMConfig, layout: Layout, tokens: int, load: float = 1.0) -> Footprint:
+def plan(config: LMConfig, layout: Layout, tokens: int, load: float | Sequence[float] = 1.0) -> Footprint:
     """The footprint of one step with `tokens` tokens a rank, where the fullest rank has `load` times the mean rows.
 
-    For float32, backend "loop", dropless routing, no recompute. `ValueError` for what does not divide, and for
-    settings that the formulas do not cover.
+    `load`: in every layer, or of each. For float32, backend "loop", dropless routing, whole sequences, no recompute.
+    `ValueError` for what does not divide, and for settings that the formulas do not cover.
     """
     check_int("tokens", tokens, 1)
-    if not 1 <= load <= layout.ep:
-        raise ValueError(f"load={load!r} must be from 1, the mean, to ep={layout.ep}, all rows on one rank")
     moe = config.moe
+    loads = [load] * config.num_layers if isinstance(load, (int, float)) else list(load)
+    if len(loads) != config.num_layers or not all(0 <= one <= layout.ep for one in loads):
+        raise ValueError(f"load={load!r} must be of 1 or {config.num_layers} layers, from 0 to ep={layout.ep}")
     if moe.backend != "loop" or moe.mlp_bias or moe.shared_expert_gate or moe.score_before_experts:
         raise ValueError("planned are backend='loop', scores after experts, no biases and no gate of shared experts")
-    if moe.capacity_factor is not None or tokens % config.max_length:
-        raise ValueError(f"tokens={tokens} must be whole sequences of {config.max_length}, and nothing dropped")
+    if moe.capacity_factor is not None or tokens % config.max_length or layout.sp > 1:
+        raise ValueError(
+            f"tokens={tokens}, sp={layout.sp} must be whole sequences of {config.max_length}, and nothing dropped"
+        )
     check_layout(moe, layout.replicas, layout.ep)
     shapes = weights(config)
     parameters = FLOAT * sum(shard(config, layout, name, shape) for name, shape in shapes.items())
     optimizer = 2 * parameters + FLOAT * len(shapes)
-    rows = math.ceil(tokens * moe.top_k * load)
-    kept = activations(config, tokens, rows)
-    receive = FLOAT * rows * moe.dim if layout.ep > 1 else 0
+    rows_L = [math.ceil(tokens * moe.top_k * one) for one in loads]
     outside, block = gathered(shapes, layout)
     logits = FLOAT * 2 * tokens * VOCAB
-    layers = config.num_layers
-    stages = [
-        (kept * (layers - i) + parameters * i) // layers + block * (1 + (i > 0)) + receive for i in range(layers + 1)
-    ]
+    stages = [activations(config, tokens, rows_L) + logits]
+    stages += [_in_block(config, layout, tokens, rows_L[: n + 1], block) for n in range(config.num_layers)]
     return Footprint(
         parameters=parameters,
         gradients=parameters,
         optimizer=optimizer,
-        activations=kept,
-        receive=receive,
+        activations=activations(config, tokens, rows_L),
+        receive=FLOAT * max(rows_L) * moe.dim if layout.ep > 1 else 0,
         gathered=outside + block,
         logits=logits,
-        peak=parameters + optimizer + outside + max(kept + logits, *stages),
+        peak=parameters + optimizer + outside + max(stages),
     )
+
+
+def _in_block(config: LMConfig, layout: Layout, tokens: int, rows_L: Sequence[int], block: int) -> int:
+    """Bytes in the backward of the last of the blocks whose rows are given, beside weights that are always there."""
+    sizes = {n: s.numel() for n, s in weights(config).items() if n.startswith("blocks.0.")}
+    experts = FLOAT * sum(size // layout.ep for name, size in sizes.items() if ".experts." in name)
+    dense = FLOAT * sum(size for name, size in sizes.items() if ".experts." not in name)
+    done = config.num_layers - len(rows_L)
+    cut = experts // layout.replicas + dense // layout.ranks
+    gradients = FLOAT * VOCAB * config.moe.dim + experts + done * cut
+    still_whole = block if done else 0
+    kept = sum(block_activations(config, tokens, rows) for rows in rows_L)
+    moving = (3 if layout.ep > 1 else 2) * FLOAT * rows_L[-1] * config.moe.dim
+    return kept + gradients + block + still_whole + moving
 
 
 def weights(config: LMConfig) -> dict[str, torch.Size]:
@@ -137,13 +152,25 @@ def gathered(shapes: dict[str, torch.Size], layout: Layout) -> tuple[int, int]:
     return FLOAT * outside, FLOAT * mine
 
 
-def activations(config: LMConfig, tokens: int, rows: int) -> int:
-    """Bytes kept from forward to backward.
+def activations(config: LMConfig, tokens: int, rows_L: Sequence[int]) -> int:
+    """Bytes kept from forward to backward, with so many rows in each layer.
 
-    A block keeps, in floats: of each norm its input, its normalised rows, its output and one scale a token; of
-    attention q, k, v, the rotated q and k, the output twice and 3 scales a head; scores T * E; expert inputs R * D
-    and four times R * F; the T * K outputs; four times the shared experts' width. And 3 integers an assignment.
-    The model keeps its last norm, log-probabilities, rotary table, input bytes and targets, and one number of the loss.
+    Beside its blocks the model keeps its last norm, log-probabilities, rotary table, input bytes and targets, and one
+    number of the loss.
+    """
+    moe = config.moe
+    rotary = config.max_length * moe.dim // config.num_heads
+    ends = FLOAT * (tokens * (3 * moe.dim + 1) + tokens * VOCAB + rotary + 1)
+    ends += INT * (2 * tokens + tokens // config.max_length)
+    return ends + sum(block_activations(config, tokens, rows) for rows in rows_L)
+
+
+def block_activations(config: LMConfig, tokens: int, rows: int) -> int:
+    """Bytes that one block keeps.
+
+    In floats: of each norm its input, its normalised rows, its output and one scale a token; of attention q, k, v, the
+    rotated q and k, the output twice and 3 scales a head; scores T * E; expert inputs R * D and four times R * F; the
+    T * K outputs; four times the shared experts' width. And 3 integers an assignment.
     """
     moe = config.moe
     norm = tokens * (3 * moe.dim + 1)
@@ -151,10 +178,7 @@ def activations(config: LMConfig, tokens: int, rows: int) -> int:
     router = tokens * (moe.num_experts + moe.top_k)
     experts = rows * (moe.dim + 4 * moe.hidden_dim) + tokens * moe.top_k * moe.dim
     shared = 4 * tokens * moe.num_shared_experts * moe.hidden_dim
-    block = FLOAT * (2 * norm + attention + router + experts + shared) + 3 * INT * tokens * moe.top_k
-    rotary = config.max_length * moe.dim // config.num_heads
-    ends = FLOAT * (norm + tokens * VOCAB + rotary + 1) + INT * (2 * tokens + tokens // config.max_length)
-    return config.num_layers * block + ends
+    return FLOAT * (2 * norm + attention + router + experts + shared) + 3 * INT * tokens * moe.top_k
 
 
 def trace_load(trace: RoutingTrace, layout: Layout, tokens: int) -> float:
