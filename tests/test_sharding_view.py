@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from moe_lab.view import theme
-from moe_lab.view.sharding import ONE, differences, layout_table, memory
+from moe_lab.view.sharding import ONE, difference_table, differences, layout_table, memory, term_table
 
 
 @pytest.fixture(scope="module")
@@ -19,11 +19,20 @@ def test_differences_are_those_of_the_file(result):
     drawn = differences(result)
     curves, off = drawn.axes
     names = [name for name in result["seconds_a_step"] if name != ONE]
-    assert [line.get_label() for line in off.lines[:-1]] == names
-    for curve, line, name in zip(curves.lines, off.lines[:-1], names, strict=True):
-        np.testing.assert_allclose(curve.get_ydata(), result["bits_per_byte"][name])
-        assert line.get_ydata().max() == pytest.approx(result["largest_relative_difference"][name] * 1e7)
+    assert [label.get_text() for label in off.get_xticklabels()] == names
+    for line, name in zip(curves.lines, (ONE, *names), strict=True):
+        np.testing.assert_allclose(line.get_ydata(), result["bits_per_byte"][name])
+    for line, name in zip(off.lines, names, strict=True):
+        assert list(line.get_ydata()) == [seed["layouts"][name] for seed in result["by_seed"].values()]
     assert Image.open(io.BytesIO(theme.png(drawn))).size == (theme.SCALE * theme.WIDTH, theme.SCALE * 300)
+
+
+def test_two_ranks_in_the_file_have_one_process_s_bits(result):
+    for seed in result["by_seed"].values():
+        assert seed["in_order"] == {"FSDP 2": 0.0, "EP 2": 0.0}
+    table = difference_table(result).splitlines()
+    assert table[1].startswith("one process, 1 to 4 threads")
+    assert table[-1].split() == ["EP", "2,", "same", "order", "of", "sums", *["0"] * len(result["by_seed"])]
 
 
 def test_bars_stand_on_each_other_up_to_what_is_held(result):
@@ -36,7 +45,13 @@ def test_bars_stand_on_each_other_up_to_what_is_held(result):
     assert axes.lines[len(names) + 1].get_ydata()[0] == pytest.approx(found["peak"] / 2**20)
 
 
-def test_the_plan_in_the_file_is_within_a_tenth(result):
+def test_plans_in_the_file_are_what_was_counted(result):
+    """Every term at the rows that came, the peak within a tenth; beforehand at least as much of every term."""
     for found in result["bytes"].values():
-        assert found["planned"]["peak"] == pytest.approx(found["counted"]["peak"], rel=0.1)
-    assert len(layout_table(result).splitlines()) >= 1 + len(result["bytes"])
+        for term, counted in found["counted"].items():
+            assert found["planned"][term] == pytest.approx(counted, rel=0.1 if term == "peak" else 1e-9), term
+            assert term == "peak" or found["beforehand"][term] >= counted
+    assert len(layout_table(result).splitlines()) == 1 + len(result["bytes"])
+    assert term_table(result["bytes"]["EP 2"]).splitlines()[0].split() == (
+        ["bytes", "counted", "planned,", "rows", "that", "came", "planned", "beforehand", "above"]
+    )

@@ -149,7 +149,7 @@ def on_rank(config: TrainConfig, out: Path, layout: Layout) -> Run | None:
 
 
 def _run(config: TrainConfig, out: Path, make: Callable[..., Trainer]) -> Run | None:
-    if not train(config, source_text(), out, make=make).leads:
+    if not train(config, source_text(), out, progress=False, make=make).leads:
         return None
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     ends = [line["seconds"] for line in log][min(10, len(log) // 2) :]

@@ -297,11 +297,13 @@ def train(
     device: str = "cpu",
     resume: bool = False,
     stop: int | None = None,
+    progress: bool = True,
     make: Callable[[TrainConfig, Corpus, str], Trainer] = Trainer,
 ) -> Trainer:
     """Run to `config.steps` (or `stop`), logging to `out/log.jsonl` and checkpointing to `out/checkpoint.pt`.
 
-    `make`: what trains. Many ranks each call this with one that knows of the others; one of them leads.
+    `progress`: show a bar. `make`: what trains. Many ranks each call this with one that knows of the others; one of
+    them leads.
     Raises `TrainingDiverged` at the first step whose gradient is not finite; the checkpoint is then the last one
     written before it.
     """
@@ -319,7 +321,7 @@ def train(
             desc="train",
             unit="step",
             file=sys.stderr,
-            disable=not trainer.leads,
+            disable=not (trainer.leads and progress),
         ) as bar,
     ):
         last = min(stop or config.steps, config.steps)

@@ -23,6 +23,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -123,6 +124,7 @@ def _in_block(config: LMConfig, layout: Layout, tokens: int, rows_L: Sequence[in
     return kept + gradients + block + still_whole + moving
 
 
+@cache
 def weights(config: LMConfig) -> dict[str, torch.Size]:
     """Shapes of all weights by name; nothing is allocated."""
     with torch.device("meta"):

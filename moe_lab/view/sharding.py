@@ -24,52 +24,56 @@ MIB = 2**20
 
 
 def differences(result: dict[str, Any]) -> Figure:
-    """Each step's difference from one process, relative, beside how far one process is from itself.
+    """Curves of one seed, beside how far each seed's are from one process: the largest of all steps, relative.
 
-    Grey: the largest difference between any two runs of one process with other threads or in other parts; dashed:
-    with other threads alone.
+    Grey: the largest difference between runs of one process with 1 to 4 threads, from the least to the most of a seed.
     """
-    curves = {name: np.array(curve) for name, curve in result["bits_per_byte"].items()}
     names = [name for name in result["seconds_a_step"] if name != ONE]
+    seeds = list(result["by_seed"].values())
+    threads = [seed["threads"] for seed in seeds]
     with theme.style():
         drawn = theme.figure(WIDTH, 300)
         left = inset(drawn, left=44, right=WIDTH - 330, bottom=40, top=44)
-        right = inset(drawn, left=400, right=120, bottom=40, top=44)
-        heading(left, "Bits per byte", "all layouts: their lines lie on each other")
-        heading(
-            right,
-            "Difference from one process",
-            "grey: the most between two runs of one process · dashed: by threads alone",
-        )
-        steps = np.arange(1, len(curves[ONE]) + 1)
-        for colour, name in zip(SERIES, names, strict=False):
-            left.plot(steps, curves[name], color=colour, lw=1)
-            right.plot(steps, np.abs(curves[name] / curves[ONE] - 1) * 1e7, color=colour, lw=1, label=name)
-        threads = result["largest_relative_difference"]["1 process, 2 threads"]
-        right.axhline(threads * 1e7, color=INK, lw=0.8, ls=(0, (3, 2)))
-        right.axhspan(0, result["largest_between_controls"] * 1e7, color=CHANCE, lw=0, zorder=0)
-        right.legend(loc="center left", bbox_to_anchor=(1, 0.5))
-        left.set(ylim=(0, None), ylabel="bits per byte")
-        right.set(ylim=(0, None), ylabel="relative difference, 1e-7")
-        for axes in (left, right):
-            axes.set(xlim=(1, len(steps)))
-            axes.set_xlabel("step", color=MUTED)
+        right = inset(drawn, left=420, right=20, bottom=40, top=44)
+        heading(left, "Bits per byte", "one process and all layouts, seed 0: lines on each other")
+        between = "grey: between 1 to 4 threads of it" if max(threads) else "1 to 4 threads of it: the same bits"
+        heading(right, "Difference from one process, a dot a seed", f"largest of all steps' losses · {between}")
+        steps = np.arange(1, len(result["bits_per_byte"][ONE]) + 1)
+        for colour, name in zip((INK, *SERIES), (ONE, *names), strict=False):
+            left.plot(steps, result["bits_per_byte"][name], color=colour, lw=1)
+        right.axhspan(min(threads), max(threads), color=CHANCE, lw=0, zorder=0)
+        for at, (colour, name) in enumerate(zip(SERIES, names, strict=False)):
+            right.plot(
+                [at] * len(seeds), [seed["layouts"][name] for seed in seeds], ls="", marker="o", ms=4, color=colour
+            )
+        left.set(ylim=(0, None), ylabel="bits per byte", xlim=(1, len(steps)))
+        left.set_xlabel("step", color=MUTED)
+        right.set(yscale="log", ylabel="relative difference", xlim=(-0.5, len(names) - 0.5), ylim=(1e-8, 1e-2))
+        right.set_xticks(range(len(names)), names)
+        right.grid(axis="y")
     return drawn
 
 
 def memory(result: dict[str, Any]) -> Figure:
-    """What the fullest rank holds by layout: planned and counted, term on term; a line is the most at once."""
+    """What the fullest rank holds by layout: planned beforehand and counted, term on term.
+
+    A line is the most at once.
+    """
     layouts = result["bytes"]
     with theme.style():
         drawn = theme.figure(WIDTH, 300)
         axes = inset(drawn, left=44, right=130, bottom=40, top=44)
-        heading(axes, "Memory of the fullest rank", "left bar planned, right bar counted · line: the most at once")
-        for side, shift in (("planned", -0.2), ("counted", 0.2)):
+        heading(
+            axes,
+            "Memory of the fullest rank",
+            "left bar planned at the p99.9 of another text's load, right bar counted · line: the most at once",
+        )
+        for side, shift in (("beforehand", -0.2), ("counted", 0.2)):
             bottom = np.zeros(len(layouts))
             for colour, term in zip(SERIES, HELD, strict=False):
                 size = np.array([found[side][term] for found in layouts.values()]) / MIB
-                label = term if side == "planned" else None
-                alpha = 0.55 if side == "planned" else 1.0
+                label = term if side == "beforehand" else None
+                alpha = 0.55 if side == "beforehand" else 1.0
                 place = np.arange(len(layouts)) + shift
                 axes.bar(place, size, 0.36, bottom=bottom, color=colour, alpha=alpha, label=label)
                 bottom += size
@@ -82,14 +86,34 @@ def memory(result: dict[str, Any]) -> Figure:
 
 
 def layout_table(result: dict[str, Any]) -> str:
-    """By layout: peak planned and counted, their difference, seconds a step, difference from one process."""
-    rows = [["layout", "planned MiB", "counted MiB", "plan off by", "ms a step", "most off one process"]]
+    """By layout: the most at once, counted, what plans differ from it, and time of a step."""
+    rows = [["layout", "counted MiB", "planned, rows that came", "planned beforehand", "ms a step"]]
     for name, found in result["bytes"].items():
-        planned, counted = found["planned"]["peak"], found["counted"]["peak"]
-        off = result["largest_relative_difference"][name]
-        time = f"{result['seconds_a_step'][name] * 1e3:.0f}"
-        ratio = f"{planned / counted - 1:+.1%}"
-        rows.append([name, f"{planned / MIB:.2f}", f"{counted / MIB:.2f}", ratio, time, f"{off:.1e}"])
+        counted = found["counted"]["peak"]
+        off = [f"{found[plan]['peak'] / counted - 1:+.1%}" for plan in ("planned", "beforehand")]
+        rows.append([name, f"{counted / MIB:.2f}", *off, f"{result['seconds_a_step'][name] * 1e3:.0f}"])
+    return table(rows)
+
+
+def term_table(found: dict[str, dict[str, int]]) -> str:
+    """One layout's bytes, term by term: counted, planned at the rows that came, and beforehand."""
+    rows = [["bytes", "counted", "planned, rows that came", "planned beforehand", "above"]]
+    for term, counted in found["counted"].items():
+        planned, beforehand = found["planned"][term], found["beforehand"][term]
+        above = f"{beforehand / counted - 1:+.1%}" if counted else ""
+        rows.append([term, f"{counted:,}", f"{planned:,}", f"{beforehand:,}", above])
+    return table(rows)
+
+
+def difference_table(result: dict[str, Any]) -> str:
+    """Largest relative difference of a logged loss by seed: between numbers of threads, then from one process."""
+    seeds = result["by_seed"]
+    rows = [["", *(f"seed {seed}" for seed in seeds)]]
+    rows.append(["one process, 1 to 4 threads", *(f"{seed['threads']:.1e}" for seed in seeds.values())])
+    for name in next(iter(seeds.values()))["layouts"]:
+        rows.append([name, *(f"{seed['layouts'][name]:.1e}" for seed in seeds.values())])
+    for name in next(iter(seeds.values()))["in_order"]:
+        rows.append([f"{name}, same order of sums", *(f"{seed['in_order'][name]:g}" for seed in seeds.values())])
     return table(rows)
 
 
@@ -97,4 +121,4 @@ if __name__ == "__main__":
     found = json.loads(Path(sys.argv[1]).read_text())
     for name, drawn in (("curves", differences(found)), ("memory", memory(found))):
         Path(f"{sys.argv[2]}_{name}.png").write_bytes(theme.png(drawn))
-    print(layout_table(found))
+    print(difference_table(found), layout_table(found), sep="\n\n")

@@ -12,6 +12,7 @@ from moe_lab.view.panels.balance import BalancePanel
 from moe_lab.view.panels.counts import CountsPanel
 from moe_lab.view.panels.exchange import ExchangePanel
 from moe_lab.view.panels.padding import PaddingPanel
+from moe_lab.view.panels.planning import PlannerPanel
 from moe_lab.view.panels.routing import RoutingPanel
 from moe_lab.view.panels.routing_compute import shipped_names
 from moe_lab.view.panels.timing import TimingPanel
@@ -22,6 +23,7 @@ __all__ = [
     "CountsPanel",
     "ExchangePanel",
     "PaddingPanel",
+    "PlannerPanel",
     "RoutingPanel",
     "TimingPanel",
     "TrainingPanel",

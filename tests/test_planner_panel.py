@@ -1,0 +1,56 @@
+import io
+
+import pytest
+from PIL import Image
+
+from moe_lab.models.lm import SMALL
+from moe_lab.study.planner import Layout, plan
+from moe_lab.view.panels.planning import MODELS, TRACE, PlannerPanel, tail
+
+
+@pytest.fixture(scope="module")
+def panel():
+    return PlannerPanel()
+
+
+def test_the_panel_shows_the_plan_of_its_controls(panel):
+    panel.model.value, panel.ranks.value, panel.ep.value, panel.sequences.value = next(iter(MODELS)), 8, 4, 4
+    panel.load.value, panel.limit.value = TRACE, 2.0
+    expected = plan(SMALL, Layout(8, 4), 4096, tail("balanced", 4, 4096))
+    assert panel.shown == expected
+    assert panel.text().startswith(
+        "shipped, 11.5 M · 8 ranks, EP 4 · 4 x 1,024 tokens a rank · p99.9 of the trace · float32 · fits in 2 GiB\n"
+    )
+    assert f"peak         {expected.peak / 2**30:.3f}" in panel.text()
+    assert panel.csv().splitlines()[-1] == f"peak,{expected.peak}"
+    before = bytes(panel.layout_image.value), bytes(panel.token_image.value)
+    panel.limit.value = 0.25
+    assert "does not fit in 0.25 GiB" in panel.text()
+    assert (bytes(panel.layout_image.value), bytes(panel.token_image.value)) != before
+    with Image.open(io.BytesIO(panel.png())) as page:
+        assert page.size[1] == Image.open(io.BytesIO(before[0])).size[1]
+
+
+def test_the_mean_needs_less_than_the_tail(panel):
+    panel.ep.value, panel.load.value = 8, TRACE
+    most = panel.shown
+    panel.load.value = "mean"
+    assert panel.shown.receive < most.receive
+    assert panel.shown.parameters == most.parameters
+    assert tail("balanced", 1, 64) == 1
+    assert 1 < tail("balanced", 8, 256) < 8
+
+
+def test_what_cannot_be_is_said_in_the_panel(panel):
+    panel.load.value = "mean"
+    panel.ranks.value, panel.ep.value = 4, 8
+    assert "ep=8 must divide the 4 ranks" in panel.error
+    panel.ep.value = 4
+    assert panel.error == ""
+    panel.model.value, panel.load.value = "24 layers of 10B_2B", TRACE
+    assert "the trace has 32 experts, not 36: set the load" in panel.error
+    panel.load.value, panel.ranks.value, panel.ep.value = "1.5 x mean", 64, 8
+    assert "num_experts=36 must divide over ep=8" in panel.error
+    panel.ep.value = 4
+    assert panel.error == ""
+    assert "24 layers of 10B_2B · 64 ranks, EP 4" in panel.text()
