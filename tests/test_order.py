@@ -19,6 +19,13 @@ def test_keys_come_sorted_with_their_places_equal_ones_in_order(keys, dtype, str
     assert (sorted_N.dtype, order_N.dtype) == (dtype, torch.int64)
 
 
+@pytest.mark.parametrize("dtype", RADIX)
+def test_many_equal_keys_stay_in_order(dtype):
+    keys_N = torch.randint(0, 5, (3000,)).to(dtype)
+    order_N = sort_keys(keys_N)[1]
+    assert order_N.tolist() == sorted(range(3000), key=keys_N.tolist().__getitem__)
+
+
 @pytest.mark.parametrize("dtype", [np.uint8, np.int16])
 def test_negative_keys_too(dtype):
     keys_N = torch.from_numpy(np.array([3, 0, 2, 0], dtype) - dtype(0 if dtype is np.uint8 else 1))

@@ -75,15 +75,14 @@ def _buffers(axes: Axes, buffers: list[list[tuple[int, int, int]]], local: int) 
     """One bar a rank; a block for each source and expert, named by its expert where there is room."""
     longest = max(sum(rows for _, _, rows in blocks) for blocks in buffers)
     for rank, segments in enumerate(buffers):
-        start, named = 0, ""
+        start = 0
         for source, expert, rows in segments:
             colour = SERIES[source % len(SERIES)]
             axes.barh(rank, rows, 0.62, left=start, color=colour, alpha=0.55 + 0.4 * (expert % 2), ec=PAPER, lw=0.5)
-            if rows > longest / 26 and (name := str(expert)) != named:
-                axes.text(start + rows / 2, rank, name, ha="center", va="center", size=6.5, color=PAPER)
+            if rows > longest / 26:
+                ink = PAPER if expert % 2 else INK  # on the strong and on the pale shade
+                axes.text(start + rows / 2, rank, str(expert), ha="center", va="center", size=6.5, color=ink)
             start += rows
-            if segments is not buffers[0] and not rows:
-                named = ""
     axes.set(xlim=(0, 1.02 * longest), ylim=(len(buffers) - 0.5, -0.5), xlabel="rows (numbers: expert)")
     axes.set_yticks(range(len(buffers)), [f"rank {rank}" for rank in range(len(buffers))])
     axes.tick_params(axis="y", length=0)

@@ -116,7 +116,7 @@ def overlap_order():
     start = moe.dispatcher.exchange.start
 
     def watched(rows, send, receive, overlap):
-        events.append("start")
+        events.append("start, others run" if overlap else "start")
         out, wait = start(rows, send, receive, overlap)
         return out, lambda: (events.append("wait"), wait())[1]
 

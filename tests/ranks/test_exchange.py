@@ -207,8 +207,8 @@ def test_all_ranks_take_the_same_step_of_balancing(pool):
 
 def test_shared_experts_run_while_rows_travel_forward_and_backward(pool):
     for forward, backward in pool.run(overlap_order):
-        assert forward == ["start", "wait", "start", "shared", "wait"]
-        assert backward == ["start", "shared", "wait", "start", "wait"]
+        assert forward == ["start", "wait", "start, others run", "shared", "wait"]
+        assert backward == ["start, others run", "shared", "wait", "start", "wait"]
 
 
 def test_no_mesh_leaves_the_layer_local(layer_config):
