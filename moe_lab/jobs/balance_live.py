@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
+from tqdm import tqdm
 
 from moe_lab.jobs.balance import max_over_mean
 from moe_lab.jobs.evaluate import bits
@@ -62,7 +64,7 @@ def measure(model: MoELM, texts: Sequence[UInt8[Tensor, " _"]], name: str = AS_T
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(0)
         for text_B in texts:
-            scored += bits(model, [text_B], batch=1)
+            scored += bits(model, [text_B], batch=1, progress=False)
     for hook in hooks:
         hook.remove()
     depth = len(model.moe_layers)
@@ -78,10 +80,11 @@ def live(
     *,
     coefficients: Mapping[str, float] | None = None,
     setup: Setup = SETUP,
+    progress: bool = True,
 ) -> list[LiveRun]:
     """The model as it was trained, then under each method, after it learned on the trace's logits."""
     runs = [measure(model, texts)]
-    for name in names:
+    for name in tqdm(names, desc="live", unit="method", file=sys.stderr, disable=not progress):
         strength = (coefficients or {}).get(name)
         learns = method(name).where == "loss" or method(name).sets == "load_balance_coeff"
         state_LE = learn(trace, name, strength, setup=setup).state_LE if learns else None

@@ -41,15 +41,20 @@ def spans(length: int, max_length: int) -> Iterator[Span]:
 
 
 @torch.inference_mode()
-def bits(model: MoELM, texts: Sequence[UInt8[Tensor, " _"]], *, batch: int = 32) -> list[Float[Tensor, " _"]]:
+def bits(
+    model: MoELM, texts: Sequence[UInt8[Tensor, " _"]], *, batch: int = 32, progress: bool = True
+) -> list[Float[Tensor, " _"]]:
     """Bits that the model needs for each byte of each text, float64; texts do not see each other.
 
-    The first byte, before which there is nothing to read, costs log2(256) = 8.
+    The first byte, before which there is nothing to read, costs log2(256) = 8. `progress`: a bar on stderr after two
+    seconds.
     """
     device = next(model.parameters()).device
     out = [torch.full((len(text_B),), math.log2(VOCAB), dtype=torch.float64) for text_B in texts]
     windows = [(i, span) for i, text_B in enumerate(texts) for span in spans(len(text_B), model.config.max_length)]
-    for at in tqdm(range(0, len(windows), batch), desc="evaluate", unit="batch", file=sys.stderr, delay=2):
+    for at in tqdm(
+        range(0, len(windows), batch), desc="evaluate", unit="batch", file=sys.stderr, delay=2, disable=not progress
+    ):
         chunk = windows[at : at + batch]
         # Padding follows what is scored, so causal attention never sees it, and routing is by token.
         pieces = [texts[i][span.start : span.end].long() for i, span in chunk]

@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from moe_lab.jobs.balance_live import LiveRun
 from moe_lab.study.balance_runs import BalanceRuns
 from moe_lab.study.balancing import METHODS
 from moe_lab.study.counterfactual import Learned, Outcome
@@ -72,6 +73,21 @@ def outcomes(found: Sequence[Outcome]) -> Figure:
             one.tick_params(axis="y", length=0)
             one.grid(axis="x")
     return drawn
+
+
+class LiveText(Text):
+    """Live runs as a table, the first of them the one that the others change."""
+
+    def __init__(self, runs: Sequence[LiveRun]) -> None:
+        self.runs = runs
+
+    def text(self) -> str:
+        """One line a run: bits per byte, their change, and max/mean, mean of layers and the worst."""
+        rows = [["", "bits", "change", "max/mean", "worst layer"]]
+        for run in self.runs:
+            load = [f"{float(value):.1f}" for value in (run.load_L.mean(), run.load_L.max())]
+            rows.append([run.method, f"{run.bits:.2f}", f"{run.bits - self.runs[0].bits:+.2f}", *load])
+        return table(rows)
 
 
 def steps_load(learned: Learned, place: int = 0) -> np.ndarray:

@@ -147,6 +147,20 @@ def test_the_padding_panel_answers_and_ends_where_a_fast_hand_left_it(plans):
     harness.wait_for_text(plans, "padding.png")
 
 
+@pytest.mark.parametrize("plans", [("10_balancing.ipynb", "BalancePanel(")], indirect=True)
+def test_the_balance_panel_answers_and_takes_a_methods_usual_strength(plans):
+    before, after = harness.move_slider(plans, "layer")
+    assert "unbalanced, bias 0.001, layer 3" in before.text
+    assert "unbalanced, bias 0.001, layer 4" in after.text
+    assert [a != b for a, b in zip(before.pictures, after.pictures)] == [True, True]
+    before, after = harness.move_slider(plans, "coefficient")
+    assert "bias 0.00178" in after.text
+    plans.locator("select").nth(1).select_option("capacity, probs")
+    harness.wait_for_text(plans, "capacity, probs 1.25, layer 4")
+    harness.press(plans, "CSV")
+    harness.wait_for_text(plans, "balance.csv")
+
+
 @pytest.mark.parametrize("plans", [("08_timing.ipynb", "TimingPanel(")], indirect=True)
 def test_the_timing_panel_runs_when_asked_and_stops_when_told(plans):
     before, after = harness.move_slider(plans, "skew")
