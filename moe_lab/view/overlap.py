@@ -22,9 +22,9 @@ def overlap(off: Sequence[RankSteps], on: Sequence[RankSteps], what: str) -> Fig
     """
     with theme.style():
         drawn = theme.figure(WIDTH, 92 + 44 * len(on))
-        width = (WIDTH - 140) / 2
+        width = (WIDTH - 156) / 2
         for at, name in enumerate(BESIDE_SHARED):
-            axes = inset(drawn, left=110 + at * width, right=WIDTH - 100 - (at + 1) * width, bottom=40, top=44)
+            axes = inset(drawn, left=126 + at * width, right=WIDTH - 112 - (at + 1) * width, bottom=40, top=44)
             heading(axes, name.capitalize(), "grey: hidden · solid: exposed" if at else what)
             labels = []
             for side, steps in (("at once", off), ("overlapped", on)):

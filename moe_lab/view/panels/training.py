@@ -42,8 +42,8 @@ class TrainingPanel(Panel):
         self.steps = control(widgets.IntSlider, "steps", "230px", min=10, max=500, step=10, value=steps)
         rates = [3e-4, 1e-3, 3e-3, 1e-2]
         self.rate = control(widgets.SelectionSlider, "learning rate", "240px", options=rates, value=3e-3)
-        self.accumulate = control(widgets.SelectionSlider, "micro-batches", "190px", options=[1, 2], value=1)
-        self.coeff = control(widgets.SelectionSlider, "step of the bias", "220px", options=COEFFS, value=COEFFS[1])
+        self.accumulate = control(widgets.SelectionSlider, "micro-batches", "220px", options=[1, 2], value=1)
+        self.coeff = control(widgets.SelectionSlider, "step of the bias", "270px", options=COEFFS, value=COEFFS[1])
         self.loss_image, self.load_image = (widgets.Image(format="png") for _ in range(2))
         controls = [self.layout, self.steps, self.rate, self.accumulate, self.coeff]
         super().__init__([controls], [self.loss_image, self.load_image])
