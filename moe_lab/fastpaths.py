@@ -27,6 +27,7 @@ NAMES = (
     "cached_w2_t_hit",
     "cached_w2_t_miss",
     "direct_equal_split_dispatch",
+    "direct_equal_split_skip",
     "equal_a2a_padding_combine",
     "equal_a2a_padding_dispatch",
     "equal_count_permute",
@@ -35,6 +36,8 @@ NAMES = (
     "force_load_balance_dispatch",
     "fused_dispatch_combine",
     "host_sync",
+    "index_permute",
+    "index_unpermute",
     "normal_equal_a2a_padding_adaptive_dispatch",
     "normal_equal_a2a_padding_adaptive_skip",
     "normal_equal_a2a_padding_combine",
@@ -87,15 +90,17 @@ class Record:
         return self.entries[name].count if name in self.entries else 0
 
     def __str__(self) -> str:
+        """A line a reason; under a decision with values their sum, smallest and largest."""
         if not self.entries:
             return "no decisions recorded"
-        rows = [
-            (name if i == 0 else "", count, reason)
-            for name, entry in self.entries.items()
-            for i, (reason, count) in enumerate(entry.reasons.items())
-        ]
         width = max(len(name) for name in self.entries)
-        return "\n".join(f"{name:<{width}}  {count:>6}  {reason}" for name, count, reason in rows)
+        lines = []
+        for name, entry in self.entries.items():
+            for i, (reason, count) in enumerate(entry.reasons.items()):
+                lines.append(f"{name if i == 0 else '':<{width}}  {count:>6}  {reason}")
+            if entry.low is not None:
+                lines.append(f"{'':<{width}}          sum {entry.total:,}, {entry.low:,} to {entry.high:,}")
+        return "\n".join(lines)
 
 
 _recorders: list[Record] = []

@@ -15,6 +15,7 @@ from moe_lab.layer.exchange import Exchange, Program, finish
 from moe_lab.layer.exchange_plan import (
     ExchangePlan,
     direct_reason,
+    direct_refusal,
     forced_matrix,
     forced_order,
     make_plan,
@@ -147,6 +148,8 @@ class AllToAllTokenDispatcher(LocalTokenDispatcher):
             with phases.phase("pack"):
                 rows_RD = strided_rows(x_TD, plan.local.order_R, plan.local.position_TK, self.exchange.size)
         else:
+            if self.analytic:
+                fastpaths.note("direct_equal_split_skip", lambda: direct_refusal(self.config, self.placement) or "")
             rows_RD = self.gather(x_TD, routing, plan.local)
         note_padding(plan, self.config, analytic=self.analytic, direction="dispatch")
         with phases.phase("pack"):

@@ -99,15 +99,25 @@ def make_plan(
 
 
 def direct_reason(config: MoEConfig, placement: Placement) -> str | None:
-    """Why token t can be sent to rank t mod EP by strided slices, or None.
+    """Why token t can be sent to rank t mod EP by strided slices, or None: see `direct_refusal`.
 
     With round robin and as many choices as a rank has experts, E = EP * K, token t's K choices are the K experts of
-    one rank. Rows scaled before the experts need their gates, and so their order.
+    one rank.
     """
-    top_k, per_rank = config.top_k, placement.slots_per_rank
-    if config.score_before_experts or not placement.is_identity or top_k != per_rank:
+    if direct_refusal(config, placement) is not None:
         return None
-    return f"top_k={top_k} is the number of local experts: token t goes to rank t mod {placement.ep}"
+    return f"top_k={config.top_k} is the number of local experts: token t goes to rank t mod {placement.ep}"
+
+
+def direct_refusal(config: MoEConfig, placement: Placement) -> str | None:
+    """Why strided slices would not do, or None. Rows scaled before the experts need their gates, and so their order."""
+    if config.score_before_experts:
+        return "rows are scaled before the experts"
+    if not placement.is_identity:
+        return "experts are not placed block-wise, one slot each"
+    if config.top_k != placement.slots_per_rank:
+        return f"top_k={config.top_k}, but a rank has {placement.slots_per_rank} experts"
+    return None
 
 
 @lru_cache(maxsize=8)
@@ -133,7 +143,9 @@ def note_padding(plan: ExchangePlan, config: MoEConfig, *, analytic: bool, direc
         fastpaths.note(f"{kind}_adaptive_{suffix}", plan.splits.reason)
     if isinstance(plan.splits, EqualSplits):
         fastpaths.note(f"{kind}_{direction}", plan.splits.reason)
-        padded, real = plan.splits.padded_rows(plan.rank), int(plan.splits.splits_RR[plan.rank].sum())
+        sent_R = plan.splits.splits_RR[plan.rank] if direction == "dispatch" else plan.splits.splits_RR[:, plan.rank]
+        real = int(sent_R.sum())  # combine sends back what dispatch received
+        padded = plan.splits.size * len(sent_R) - real
         fastpaths.note("padded_rows", direction, padded)
         if real:
             fastpaths.note("padding_overhead_bp", direction, round(10_000 * padded / real))

@@ -50,11 +50,13 @@ class IndexReorder:
 
     def to_expert_major(self, rows_RD: Float[Tensor, "rows D"]) -> Float[Tensor, "rows D"]:
         """(rows, D) rank-major -> expert-major."""
+        fastpaths.note("index_permute", self.reason)
         index, back = self._indices
         return permute_rows(rows_RD, index, back)
 
     def to_rank_major(self, rows_RD: Float[Tensor, "rows D"]) -> Float[Tensor, "rows D"]:
         """(rows, D) expert-major -> rank-major."""
+        fastpaths.note("index_unpermute", self.reason)
         index, back = self._indices
         return permute_rows(rows_RD, back, index)
 
