@@ -1,4 +1,4 @@
-"""What fast paths save: kept copies of weights as these change, and each path beside the one it replaces.
+"""What fast paths save: kept copies of weights as these change, and each path beside the one it replaces."""
 
 from __future__ import annotations
 
