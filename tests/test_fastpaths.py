@@ -170,3 +170,28 @@ def test_a_plan_with_drops_off_the_cpu_notes_that_it_waits():
     with fastpaths.record() as record:
         plan_local(torch.zeros(2, 2, dtype=torch.int64), 4, dropless=False)
     assert record.count("host_sync") == 0
+
+
+def test_combine_notes_the_padding_that_it_sends_not_that_of_the_dispatch():
+    """Rank 0 sends 3 and 1 rows and receives 3 and 2: of 2 x 3 padded rows 2 are zeros out, and 1 back."""
+    from moe_lab.layer.exchange_plan import make_plan, note_padding
+    from moe_lab.layer.plan import plan_local
+    from moe_lab.layer.splits import CountMatrix
+
+    config = MoEConfig(dim=8, hidden_dim=8, num_experts=2, top_k=1, equal_split="force")
+    local = plan_local(torch.tensor([[0], [0], [0], [1]]), 2)
+    plan = make_plan(
+        0, local, CountMatrix(counts_RP=torch.tensor([[3, 1], [2, 3]])), torch.tensor([3, 1]), config=config
+    )
+    for direction, zeros, overhead in (("dispatch", 2, 5000), ("combine", 1, 2000)):
+        with fastpaths.record() as record:
+            note_padding(plan, config, analytic=False, direction=direction)
+        assert record.entries["padded_rows"].total == zeros
+        assert record.entries["padding_overhead_bp"].total == overhead
+
+
+def test_values_are_printed_with_their_sum_and_ends():
+    with fastpaths.record() as record:
+        for rows in (5, 1200):
+            fastpaths.note("padded_rows", "dispatch", rows)
+    assert str(record).splitlines()[1].strip() == "sum 1,205, 5 to 1,200"
