@@ -148,4 +148,5 @@ def _group(axes: Axes, x: int, rows: Sequence[Measurement], arms: Sequence[str])
         a = arms.index(row.arm)
         at = x - 0.42 + (a + 0.5) * width
         axes.bar(at, row.ratio - FLOOR, 0.9 * width, bottom=FLOOR, color=SERIES[a % len(SERIES)], lw=0)
-        axes.text(at, max(row.ratio, 1) * 1.04, f"{row.ratio:.2f}", ha="center", va="bottom", size=5.5, rotation=90, color=INK)
+        top, label = max(row.ratio, 1) * 1.04, f"{row.ratio:.2f}"
+        axes.text(at, top, label, ha="center", va="bottom", size=5.5, rotation=90, color=INK)
