@@ -165,3 +165,13 @@ def test_what_cannot_be_asked_is_refused(trace):
         packed_logits(dataclasses.replace(trace, logits_LTE=None))
     with pytest.raises(ValueError, match="steps=0"):
         Setup(steps=0)
+
+
+@pytest.mark.parametrize("name", ["sinkhorn", "expert choice", "capacity, probs"])
+def test_a_choice_that_hangs_on_its_micro_batch_is_made_rank_by_rank(trace, name):
+    learned = learn(trace, name, setup=SETUP, layer=1)
+    logits_TE, none_E = logits_of(trace, 0), torch.zeros(8, dtype=torch.float64)
+    parts = [apply(method(name), RouterConfig(), 2, part, none_E, None).counts_E for part in logits_TE.chunk(4)]
+    whole_E = apply(method(name), RouterConfig(), 2, logits_TE, none_E, None).counts_E
+    assert torch.equal(learned.counts_SLE[0, 0], sum(parts))
+    assert not torch.equal(sum(parts), whole_E)
