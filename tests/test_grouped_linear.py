@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from moe_lab.kernels.grouped_linear import grouped_linear, grouped_linear_op, grouped_linear_weight_grad
+from moe_lab.kernels.grouped_linear import _laid_out, grouped_linear, grouped_linear_op, grouped_linear_weight_grad
 from reference import relative_error
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -61,6 +61,23 @@ def test_rows_may_lie_anyhow(dtype):
     assert torch.equal(grouped_linear(x_RI.t().contiguous().t(), weight_EOI, ENDS_E), expected)
     wide = torch.stack([x_RI, x_RI], dim=2)
     assert torch.equal(grouped_linear(wide[:, :, 0], weight_EOI, ENDS_E), expected)
+
+
+@DTYPES
+def test_weights_may_lie_anyhow_and_are_copied_only_where_they_must(dtype):
+    x_RI, weight_EOI, grad_RO = draw(dtype)
+    expected = with_gradients(lambda x, w: grouped_linear(x, w, ENDS_E), x_RI, weight_EOI, grad_RO)
+    for weight, copied in (
+        (weight_EOI.mT.contiguous().mT, False),
+        (torch.cat((weight_EOI, weight_EOI), dim=1)[:, :24], False),
+        (torch.stack((weight_EOI, weight_EOI), dim=-1)[..., 0], True),  # neither dimension whole
+        (torch.cat((weight_EOI, weight_EOI[..., :1]), dim=-1)[..., :16], True),  # rows off 16 bytes
+    ):
+        assert (_laid_out(weight.mT).data_ptr() != weight.data_ptr()) == copied
+        for got, known in zip(
+            with_gradients(lambda x, w: grouped_linear(x, w, ENDS_E), x_RI, weight, grad_RO), expected
+        ):
+            torch.testing.assert_close(got, known)
 
 
 @DTYPES

@@ -18,17 +18,26 @@ def _dense(rows: Tensor) -> Tensor:
     return rows.contiguous() if len(rows) > 1 else rows.clone(memory_format=torch.contiguous_format)
 
 
+def _laid_out(weight_EIO: Tensor) -> Tensor:
+    # grouped_mm wants rows or columns whole, a multiple of 16 bytes apart: weights that lie otherwise are copied.
+    unit = 16 // weight_EIO.element_size()
+    for weight in (weight_EIO, weight_EIO.mT):
+        if weight.stride(-1) == 1 and weight.stride(-2) >= weight.shape[-1] and weight.stride(-2) % unit == 0:
+            return weight_EIO
+    return weight_EIO.contiguous()
+
+
 def grouped_linear(x_RI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
     """(R, O): rows ends[e-1] .. ends[e] of x times weight[e] transposed. Accumulates in float32, rounds once."""
     if x_RI.dtype == torch.bfloat16:
-        return F.grouped_mm(_dense(x_RI), weight_EOI.mT, offs=ends_E)
+        return F.grouped_mm(_dense(x_RI), _laid_out(weight_EOI.mT), offs=ends_E)
     return grouped_linear_op(x_RI, weight_EOI, ends_E)
 
 
 @torch.library.custom_op("moe_lab::grouped_linear", mutates_args=())
 def grouped_linear_op(x_RI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
     """`grouped_linear` in any dtype that grouped_mm takes; gradients may have any strides."""
-    return F.grouped_mm(_dense(x_RI), weight_EOI.mT, offs=ends_E)
+    return F.grouped_mm(_dense(x_RI), _laid_out(weight_EOI.mT), offs=ends_E)
 
 
 @grouped_linear_op.register_fake
