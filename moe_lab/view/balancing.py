@@ -68,10 +68,7 @@ def outcomes(found: Sequence[Outcome]) -> Figure:
         axes[2].plot(padding, place, "o", ms=5, color=SERIES[2])
         axes[2].set(xlim=(-1, None))
         axes[2].set_xlabel("%", labelpad=2)
-        for one in axes:
-            one.set(ylim=(len(found) - 0.4, -0.6), yticks=place, yticklabels=names if one is axes[0] else [])
-            one.tick_params(axis="y", length=0)
-            one.grid(axis="x")
+        _name_rows(axes, names)
     return drawn
 
 
@@ -163,11 +160,16 @@ def trained(runs: BalanceRuns) -> Figure:
         axes[1].plot(train, place, "x", ms=5, color=INK, mew=1, zorder=5)
         axes[1].set_xlim(1, 6)
         axes[1].set_xlabel("max / mean", labelpad=2)
-        for one in axes:
-            one.set(ylim=(len(names) - 0.4, -0.6), yticks=place, yticklabels=names if one is axes[0] else [])
-            one.tick_params(axis="y", length=0)
-            one.grid(axis="x")
+        _name_rows(axes, names)
     return drawn
+
+
+def _name_rows(axes: Sequence[Axes], names: Sequence[str]) -> None:
+    """One row a name in each of the axes, from the top down, named in the first."""
+    for one in axes:
+        one.set(ylim=(len(names) - 0.4, -0.6), yticks=range(len(names)), yticklabels=names if one is axes[0] else [])
+        one.tick_params(axis="y", length=0)
+        one.grid(axis="x")
 
 
 def _intervals(axes: Axes, place: np.ndarray, estimates: Sequence[Any], colours: Sequence[str]) -> None:

@@ -189,6 +189,6 @@ def test_a_run_is_watched_while_it_goes_on_and_ends_when_told(plans):
     harness.screenshot(plans, "09_training-live")
     harness.wait_for_text(plans, "step 70 of 70")
     harness.press(plans, "run")
-    harness.wait_for_text(plans, "starting ranks")
+    harness.wait_for_text(plans, "starting ...")
     harness.press(plans, "cancel")
     harness.wait_for_text(plans, "cancelled")

@@ -71,7 +71,7 @@ def test_too_few_tokens_are_said_in_the_panel(panel):
 def test_more_ranks_than_this_machine_should_hold_are_refused(panel):
     panel.ep.value, panel.tokens.value = 16, 32
     panel.run()
-    assert panel.ran.value == "real ranks: at most 8 here, EP is 16"
+    assert panel.state.value == "real ranks: at most 8 here, EP is 16"
 
 
 @pytest.mark.slow
@@ -80,7 +80,7 @@ def test_real_ranks_count_what_the_plan_says(panel):
     panel.placing.value = REPLICAS
     panel.run()
     panel.wait()
-    assert "2 gloo ranks: rows as planned" in panel.ran.value
+    assert "2 gloo ranks: rows as planned" in panel.state.value
     assert panel.progress.value == RUNS
     assert (panel.run_button.disabled, panel.cancel_button.disabled) == (False, True)
 
@@ -97,7 +97,7 @@ def test_cancel_ends_a_hung_exchange_and_the_next_run_works():
     pids = list(panel.pool.pids)
     panel.cancel()
     panel.wait(20)
-    assert panel.ran.value == "cancelled"
+    assert panel.state.value == "cancelled"
     assert panel.pool.pids == []
     _, alive = psutil.wait_procs([psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)], timeout=20)
     assert alive == []
@@ -105,7 +105,7 @@ def test_cancel_ends_a_hung_exchange_and_the_next_run_works():
     panel._function = exchange_ids
     panel.run()
     panel.wait()
-    assert "rows as planned" in panel.ran.value
+    assert "rows as planned" in panel.state.value
     panel.close()
     assert panel.pool.pids == []
     assert not [thread for thread in threading.enumerate() if "_work" in thread.name]

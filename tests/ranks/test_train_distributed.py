@@ -1,6 +1,5 @@
 import contextlib
 import dataclasses
-import hashlib
 import json
 import os
 import signal
@@ -15,21 +14,15 @@ import pytest
 import torch
 import training_jobs as jobs
 
-from moe_lab.jobs.corpus_file import Corpus, Split, save_corpus
-from moe_lab.jobs.evaluate import as_tensor
+from moe_lab.jobs.corpus_file import Corpus, save_corpus
 from moe_lab.jobs.train import TrainConfig, Trainer, train
 from moe_lab.jobs.train_distributed import load_checkpoint, newest
 from moe_lab.parallel import RankPool
 from moe_lab.parallel.ranks import RankError
-from moe_lab.study.trace import Document
 from tests.test_lm import TINY
+from tests.test_train import split
 
 CONFIG = TrainConfig(model=TINY, steps=6, batch=4, warmup=3, log_every=2, save_every=3, eval_files=1)
-
-
-def split(text: bytes) -> Split:
-    document = Document("stdlib:x.py", "python", hashlib.sha256(text).hexdigest(), 0, len(text))
-    return Split(as_tensor(text), torch.tensor([0, len(text)]), (document,))
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""What panels share: controls, pictures, one line of numbers, and errors that stay inside.
+"""What panels share: controls, pictures, one line of numbers, errors that stay inside, runs that can be cancelled.
 
 A panel is `compute(params) -> result` (pure, cached), pictures of the result, and this thin shell. It sets
 `Image.value` and `HTML.value` only, so a change shows at once, nothing flickers, and it can be tested without a
@@ -17,6 +17,7 @@ from typing import Any
 
 import ipywidgets as widgets
 
+from moe_lab.parallel.ranks import RankError, RankPool
 from moe_lab.view import theme
 
 _CSS = """<style>
@@ -147,3 +148,90 @@ class Panel:
         bundle = dict(self.widget._repr_mimebundle_() or {})
         bundle |= {"text/plain": repr(self), "image/png": base64.b64encode(self.png()).decode()}
         return bundle, {"image/png": {"width": theme.PANEL_WIDTH}}
+
+
+class RunPanel(Panel):
+    """A panel with a run of seconds or minutes, in a thread and on processes that cancel kills.
+
+    Subclasses call `offer_run` and implement `_job()`, which reads the controls and returns what the thread shall do:
+    work in `pool`, `tell` how it goes, set `progress`, and raise `RankError` once `stopped`.
+    """
+
+    pool: RankPool | None = None
+
+    def offer_run(self, name: str, tooltip: str, cancel: str, steps: int) -> None:
+        """Two buttons, the bar of a run of so many steps, and a line of text."""
+        self._worker: threading.Thread | None = None
+        self._stop = threading.Event()
+        self.run_button = self.button(name, tooltip, self.run)
+        self.cancel_button = self.button("cancel", cancel, self.cancel)
+        self.cancel_button.disabled = True
+        self.progress = widgets.IntProgress(min=0, max=steps, layout={"width": "160px"})
+        self.state = widgets.HTML()
+        self.buttons.children = (*self.buttons.children, self.progress, self.state)
+
+    @property
+    def running(self) -> bool:
+        """Whether a run is under way."""
+        return self._worker is not None
+
+    @property
+    def stopped(self) -> bool:
+        """Whether the run under way was cancelled."""
+        return self._stop.is_set()
+
+    def tell(self, text: str) -> None:
+        """Say how the run goes, beside its bar."""
+        self.state.value = escape(text, quote=False)
+
+    def run(self) -> None:
+        """Run what the controls say, in a thread; `cancel` ends it. One run at a time."""
+        if self.running:
+            return
+        try:
+            job = self._job()
+        except ValueError as error:
+            self.fail(error)
+            return
+        self._stop.clear()
+        self.run_button.disabled, self.cancel_button.disabled, self.progress.value = True, False, 0
+        self.tell("starting ...")
+        self._worker = threading.Thread(target=self._work, args=(job,), daemon=True)
+        self._worker.start()
+
+    def cancel(self) -> None:
+        """End a run under way, whatever its processes do."""
+        self._stop.set()
+        if self.pool is not None:
+            self.pool.cancel()
+
+    def wait(self, seconds: float = 120.0) -> None:
+        """Until the run under way has ended, for tests and scripts."""
+        if (worker := self._worker) is not None:
+            worker.join(seconds)
+
+    def close(self) -> None:
+        """End the run and its processes."""
+        self.cancel()
+        self.wait()
+        if self.pool is not None:
+            self.pool.close()
+
+    def _job(self) -> Callable[[], None]:
+        raise NotImplementedError
+
+    def _work(self, job: Callable[[], None]) -> None:
+        try:
+            job()
+        except RankError as error:
+            self.tell("cancelled" if self.stopped else _reason(error))
+        finally:
+            self._worker = None
+            self.run_button.disabled, self.cancel_button.disabled = False, True
+
+
+def _reason(error: RankError) -> str:
+    """In one line: the rank that failed first and the last line of its traceback, or what is said of all."""
+    lines = str(error).splitlines()
+    first = next((line for line in lines if "failed first" in line), None)
+    return f"{first} {lines[-1]}" if first else lines[0]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
+from functools import partial
 from html import escape
 from typing import Any
 
@@ -16,7 +16,7 @@ from moe_lab.parallel.ranks import RankError, RankPool
 from moe_lab.study.load import ALL_DOMAINS
 from moe_lab.view import theme
 from moe_lab.view.exchanging import MatrixText
-from moe_lab.view.panels.base import Panel, control
+from moe_lab.view.panels.base import RunPanel, control
 from moe_lab.view.panels.exchange_compute import (
     BLOCKWISE,
     REPLICAS,
@@ -33,7 +33,7 @@ PLANS: tuple[EqualSplit, ...] = ("off", "adaptive", "force")
 MOST_RANKS, RUNS, DIM = 8, 10, 256
 
 
-class ExchangePanel(Panel):
+class ExchangePanel(RunPanel):
     """Steer one exchange of a recorded trace over EP ranks; run it on real ones.
 
     `function` is what real ranks run (`moe_lab.jobs.exchange_runs.exchange_ids`).
@@ -54,19 +54,12 @@ class ExchangePanel(Panel):
         self.placing = control(widgets.Dropdown, "placement", "235px", options=[BLOCKWISE, REPLICAS])
         self.heat_image, self.bar_image = (widgets.Image(format="png") for _ in range(2))
         self._pictures_by_ep: dict[int, tuple[MatrixPicture, ReceivedPicture]] = {}
-        self.ran = widgets.HTML()
         where = [self.ep, self.layer, self.domain, self.tokens]
         how = [self.equal_split, self.packing, self.placing]
         super().__init__([where, how], [self.heat_image, self.bar_image])
         self.offer_files("exchange")
-        self.progress = widgets.IntProgress(min=0, max=RUNS, layout={"width": "160px"})
-        self.run_button = self.button("run on real ranks", "the same rows over gloo, counted on the way", self.run)
-        self.cancel_button = self.button("cancel", "kill the ranks, even in a hung exchange", self.cancel)
-        self.cancel_button.disabled = True
-        self.buttons.children = (*self.buttons.children, self.progress, self.ran)
-        self.pool: RankPool | None = None
-        self._worker: threading.Thread | None = None
-        self._stop = threading.Event()
+        run = "the same rows over gloo, counted on the way"
+        self.offer_run("run on real ranks", run, "kill the ranks, even in a hung exchange", RUNS)
         self.watch([*where, *how], self.refresh)
         self.refresh()
 
@@ -92,8 +85,8 @@ class ExchangePanel(Panel):
         self.heat_image.value = matrix.update(self.shown.counts, f"layer {params.layer} · {params.domain}").png()
         self.bar_image.value = bars.update(self._received(), self.shown.zeros_R).png()
         self.numbers.value = f"{escape(self._line())}<br>{escape(self.shown.splits.reason)}"
-        if self._worker is None:
-            self.ran.value = ""
+        if not self.running:
+            self.tell("")
 
     def _received(self) -> list[int]:
         return self.shown.counts.splits_RR.sum(dim=0).tolist()
@@ -110,54 +103,24 @@ class ExchangePanel(Panel):
 
     def run(self) -> None:
         """Start real ranks on what is shown, in a thread; `cancel` ends it. One run at a time."""
-        if self._worker is not None:
-            return
+        if self.ep.value > MOST_RANKS:
+            self.tell(f"real ranks: at most {MOST_RANKS} here, EP is {self.ep.value}")
+        else:
+            super().run()
+
+    def _job(self) -> Callable[[], None]:
         params = self.params()
-        if params.ep > MOST_RANKS:
-            self.ran.value = f"real ranks: at most {MOST_RANKS} here, EP is {params.ep}"
-            return
-        self._stop.clear()
-        self.run_button.disabled, self.cancel_button.disabled, self.progress.value = True, False, 0
-        self.ran.value = "starting ranks ..."
-        self._worker = threading.Thread(target=self._work, args=(params, compute(params)), daemon=True)
-        self._worker.start()
+        return partial(self._on_ranks, params, compute(params))
 
-    def cancel(self) -> None:
-        """End a run under way, whatever its ranks do."""
-        self._stop.set()
-        if self.pool is not None:
-            self.pool.cancel()
-
-    def wait(self, seconds: float = 60.0) -> None:
-        """Until the run under way has ended, for tests and scripts."""
-        if (worker := self._worker) is not None:
-            worker.join(seconds)
-
-    def close(self) -> None:
-        """End the ranks."""
-        self.cancel()
-        self.wait()
-        if self.pool is not None:
-            self.pool.close()
-
-    def _work(self, params: Params, view: View) -> None:
-        try:
-            self.ran.value = escape(self._on_ranks(params, view))
-        except RankError as error:
-            self.ran.value = escape("cancelled" if self._stop.is_set() else str(error).splitlines()[0])
-        finally:
-            self._worker = None
-            self.run_button.disabled, self.cancel_button.disabled = False, True
-
-    def _on_ranks(self, params: Params, view: View) -> str:
+    def _on_ranks(self, params: Params, view: View) -> None:
         if self.pool is None or self.pool.size != params.ep:
             if self.pool is not None:
                 self.pool.close()
             self.pool = RankPool(params.ep, backend="gloo")
         ids, ms = [ids_TK.numpy() for ids_TK in view.ids], []
         for turn in range(RUNS):
-            if self._stop.is_set():
-                return "cancelled"
+            if self.stopped:
+                raise RankError("cancelled between two exchanges")
             ranks = self.pool.run(self._function, ids, view.placement, params.equal_split, DIM)
             ms.append(1e3 * max(rank["seconds"] for rank in ranks))
             self.progress.value = turn + 1
@@ -166,7 +129,8 @@ class ExchangePanel(Panel):
         planned = [view.splits.send(rank) or even for rank in range(params.ep)]
         same = "as planned" if counted == planned else "NOT as planned"
         sent = sum(sum(rows) * width for rank in ranks for rows, width in rank["sent"])
-        return f"{params.ep} gloo ranks: rows {same}, {sent / 1e6:.1f} MB both ways, {sorted(ms)[RUNS // 2]:.1f} ms"
+        times = f"{sent / 1e6:.1f} MB both ways, {sorted(ms)[RUNS // 2]:.1f} ms"
+        self.tell(f"{params.ep} gloo ranks: rows {same}, {times}")
 
     # forms
 

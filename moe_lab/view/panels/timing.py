@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import threading
+from collections.abc import Callable
+from functools import partial
 from html import escape
 from typing import Any
 
@@ -13,7 +14,7 @@ from moe_lab.jobs.own_shape import Shape, merged, one_round
 from moe_lab.parallel.ranks import RankError, RankPool
 from moe_lab.study.measurements import DIRECTIONS, Measurement
 from moe_lab.view import theme
-from moe_lab.view.panels.base import Panel, control
+from moe_lab.view.panels.base import RunPanel, control
 from moe_lab.view.pictures import heading, inset
 from moe_lab.view.speeds import ArmsTable, arm_bars
 from moe_lab.view.theme import LESS, MUTED
@@ -21,11 +22,13 @@ from moe_lab.view.theme import LESS, MUTED
 ROUNDS, TIMEOUT = 8, 120.0
 
 
-class TimingPanel(Panel):
+class TimingPanel(RunPanel):
     """Set a layer's sizes; Run times every backend on synthetic routing, the dense bound beside them.
 
     `timeout`: seconds that one round may take.
     """
+
+    pool: RankPool
 
     def __init__(self, *, rounds: int = ROUNDS, timeout: float = TIMEOUT) -> None:
         self.rounds = rounds
@@ -42,18 +45,12 @@ class TimingPanel(Panel):
         controls = [self.tokens, self.dim, self.hidden_dim, self.experts, self.top_k, self.skew]
         controls += [self.dtype, self.direction]
         super().__init__([controls], [self.load_image, self.bar_image])
-        self.progress = widgets.IntProgress(min=0, max=rounds, layout={"width": "160px"})
-        self.run_button = self.button("run", "time every backend here, in a process of its own", self.run)
-        self.cancel_button = self.button("cancel", "kill that process, whatever it computes", self.cancel)
-        self.cancel_button.disabled = True
-        self.state = widgets.HTML()
-        self.buttons.children = (*self.buttons.children, self.progress, self.state)
+        run, cancel = "time every backend here, in a process of its own", "kill that process, whatever it computes"
+        self.offer_run("run", run, cancel, rounds)
         self.pool = RankPool(1, backend="gloo", timeout=timeout, threads=torch.get_num_threads())
         self.rows: list[Measurement] = []
         self.missing: dict[str, str] = {}
         self._timed: Shape | None = None
-        self._worker: threading.Thread | None = None
-        self._stop = threading.Event()
         self.watch(controls, self.refresh)
         self.refresh()
 
@@ -114,61 +111,24 @@ class TimingPanel(Panel):
 
     # timing
 
-    def run(self) -> None:
-        """Time the shape on the controls, in a thread and a process; `cancel` ends both. One run at a time."""
-        if self._worker is not None:
-            return
-        try:
-            shape = self.shape()
-        except ValueError as error:
-            self.fail(error)
-            return
-        self._stop.clear()
-        self.run_button.disabled, self.cancel_button.disabled, self.progress.value = True, False, 0
-        self.state.value = "starting ..."
-        self._worker = threading.Thread(target=self._work, args=(shape,), daemon=True)
-        self._worker.start()
+    def _job(self) -> Callable[[], None]:
+        return partial(self._in_process, self.shape())
 
-    def cancel(self) -> None:
-        """End a run under way, whatever it computes."""
-        self._stop.set()
-        self.pool.cancel()
-
-    def wait(self, seconds: float = 60.0) -> None:
-        """Until the run under way has ended, for tests and scripts."""
-        if (worker := self._worker) is not None:
-            worker.join(seconds)
-
-    def close(self) -> None:
-        """End the process."""
-        self.cancel()
-        self.wait()
-        self.pool.close()
-
-    def _work(self, shape: Shape) -> None:
-        try:
-            self.state.value = escape(self._in_process(shape), quote=False)
-        except RankError as error:
-            self.state.value = escape("cancelled" if self._stop.is_set() else str(error).splitlines()[0])
-        finally:
-            self._worker = None
-            self.run_button.disabled, self.cancel_button.disabled = False, True
-
-    def _in_process(self, shape: Shape) -> str:
+    def _in_process(self, shape: Shape) -> None:
         rounds: list[list[Measurement]] = []
         for turn in range(self.rounds):
-            if self._stop.is_set():
-                return "cancelled"
+            if self.stopped:
+                raise RankError("cancelled between two rounds")
             ((rows, self.missing),) = self.pool.run(one_round, shape)
             rounds.append(rows)
             self.progress.value = turn + 1
-            self.state.value = f"round {turn + 1} of {self.rounds}"
+            self.tell(f"round {turn + 1} of {self.rounds}")
         with self._lock:
             self.rows, self._timed = merged(rounds), shape
             if not self.error and self.shape() == shape:
                 self._show(shape)
         left = "; ".join(f"{name}: {reason}" for name, reason in self.missing.items())
-        return f"{self.rounds} rounds on {self.rows[0].device}" + (f" · not run: {left}" if left else "")
+        self.tell(f"{self.rounds} rounds on {self.rows[0].device}" + (f" · not run: {left}" if left else ""))
 
     # forms
 

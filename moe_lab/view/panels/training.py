@@ -7,6 +7,7 @@ import tempfile
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,10 @@ import ipywidgets as widgets
 
 from moe_lab.jobs.layouts import LAYOUTS, SHRUNK, on_rank
 from moe_lab.jobs.train import TrainConfig
-from moe_lab.parallel.ranks import RankError, RankPool
+from moe_lab.parallel.ranks import RankPool
 from moe_lab.study.planner import Layout
 from moe_lab.view import theme
-from moe_lab.view.panels.base import Panel, control
+from moe_lab.view.panels.base import RunPanel, control
 from moe_lab.view.text import table
 from moe_lab.view.training import StepsPicture, read_log
 
@@ -28,7 +29,7 @@ COEFFS = (0.0, 1e-3, 1e-2, 3e-2)
 Log = list[dict[str, Any]]
 
 
-class TrainingPanel(Panel):
+class TrainingPanel(RunPanel):
     """Train on ranks of a layout and watch loss and load; cancel kills the ranks, whatever they do.
 
     The ranks write one log; the panel reads it while they do, and knows nothing else of them. `function` is what
@@ -47,17 +48,9 @@ class TrainingPanel(Panel):
         self.loss_image, self.load_image = (widgets.Image(format="png") for _ in range(2))
         controls = [self.layout, self.steps, self.rate, self.accumulate, self.coeff]
         super().__init__([controls], [self.loss_image, self.load_image])
-        self.progress = widgets.IntProgress(min=0, max=steps, layout={"width": "160px"})
-        self.run_button = self.button("run", "train on real ranks of this machine", self.run)
-        self.cancel_button = self.button("cancel", "kill the ranks, whatever they do", self.cancel)
-        self.cancel_button.disabled = True
-        self.state = widgets.HTML()
-        self.buttons.children = (*self.buttons.children, self.progress, self.state)
+        self.offer_run("run", "train on real ranks of this machine", "kill the ranks, whatever they do", steps)
         self.log: Log = []
         self.before: Log = []
-        self.pool: RankPool | None = None
-        self._worker: threading.Thread | None = None
-        self._stop = threading.Event()
         self.watch(controls, self.refresh)
         self.refresh()
 
@@ -81,7 +74,7 @@ class TrainingPanel(Panel):
 
     def _update(self) -> None:
         config = self.config()
-        if self._worker is None:
+        if not self.running:
             self._frame(config.steps)
         self._show()
         self.numbers.value = escape(self.text())
@@ -110,62 +103,27 @@ class TrainingPanel(Panel):
 
     # running
 
-    def run(self) -> None:
-        """Train as the controls say, on ranks of their own; `cancel` ends them. One run at a time."""
-        if self._worker is not None:
-            return
-        try:
-            config = self.config()
-        except ValueError as error:
-            self.fail(error)
-            return
-        self._stop.clear()
-        self.run_button.disabled, self.cancel_button.disabled, self.progress.value = True, False, 0
-        self.state.value = "starting ranks ..."
+    def _job(self) -> Callable[[], None]:
+        config = self.config()
         self.log, self.before = [], self.log
         self._frame(config.steps)
-        self._worker = threading.Thread(target=self._work, args=(config, self.layout.value), daemon=True)
-        self._worker.start()
+        return partial(self._train, config, self.layout.value)
 
-    def cancel(self) -> None:
-        """End a run under way, whatever its ranks do."""
-        self._stop.set()
-        if self.pool is not None:
-            self.pool.cancel()
-
-    def wait(self, seconds: float = 120.0) -> None:
-        """Until the run under way has ended, for tests and scripts."""
-        if (worker := self._worker) is not None:
-            worker.join(seconds)
-
-    def close(self) -> None:
-        """End the run and its ranks."""
-        self.cancel()
-        self.wait()
-
-    def _work(self, config: TrainConfig, layout: Layout) -> None:
-        try:
-            with (
-                tempfile.TemporaryDirectory() as folder,
-                RankPool(layout.ranks, backend="gloo", timeout=TIMEOUT) as self.pool,
-                ThreadPoolExecutor(1) as caller,
-            ):
-                run = caller.submit(self.pool.run, self._function, config, Path(folder), layout)
-                self._follow(self.pool, run, Path(folder) / "log.jsonl", config.steps)
-        except RankError as error:
-            failed = [line for line in str(error).splitlines() if "failed first" in line]
-            why = f"{failed[0]} {str(error).splitlines()[-1]}" if failed else str(error).splitlines()[0]
-            self.state.value = escape("cancelled" if self._stop.is_set() else why)
-        finally:
-            self._worker = None
-            self.run_button.disabled, self.cancel_button.disabled = False, True
+    def _train(self, config: TrainConfig, layout: Layout) -> None:
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            RankPool(layout.ranks, backend="gloo", timeout=TIMEOUT) as self.pool,
+            ThreadPoolExecutor(1) as caller,
+        ):
+            run = caller.submit(self.pool.run, self._function, config, Path(folder), layout)
+            self._follow(self.pool, run, Path(folder) / "log.jsonl", config.steps)
 
     def _follow(self, pool: RankPool, run: Future[Any], path: Path, steps: int) -> None:
         """Show what the log says until the run has ended; raises what it raised."""
         ended = False
         while not ended:
             threading.Event().wait(POLL)
-            if self._stop.is_set():
+            if self.stopped:
                 pool.cancel()  # again, for ranks that were only starting when it was pressed
             ended = run.done()
             found = read_log(path) if path.exists() else []
@@ -176,7 +134,7 @@ class TrainingPanel(Panel):
                 self._show()
             last = found[-1]
             self.progress.value = last["step"]
-            self.state.value = (
+            self.tell(
                 f"step {last['step']} of {steps} · bits per byte {last['bits_per_byte']:.2f} · "
                 f"worst max/mean {max(last['max_over_mean']):.2f} · {last['seconds']:.1f} s"
             )
