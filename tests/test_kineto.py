@@ -72,6 +72,38 @@ def test_backward_undoes_layers_from_the_last(tmp_path):
     assert steps[0][0].flights[3].arrival == pytest.approx(7 + 0.012)
 
 
+def fsdp(what, start, end):
+    return event(f"FSDP::{what}", start, end, "user_annotation")
+
+
+def test_an_exchange_lasts_from_its_post_and_gathers_of_weights_are_no_counts(tmp_path):
+    """Gloo's thread comes to the dispatch posted at 4 at 5, by when a product runs; what ran then is kept as spans."""
+    events = [layer(3, 0, 14), fsdp("all_gather (blocks.3.moe.router)", 0.5, 1), fsdp("all_gather", 16, 18)]
+    events += [event("c10d::_allgather_base_", 0.6, 0.7), gloo(0.8, 1.5, "all_gather")]
+    events += [fsdp("all_gather_copy_out (blocks.3.moe.router)", 1.8, 2.5)]  # posts nothing
+    events += [event("c10d::allgather_into_tensor_coalesced_", 2, 2.1), gloo(2.2, 3, "all_gather")]
+    events += [event("c10d::_allgather_base_", 17, 17.1), gloo(17.2, 17.5, "all_gather")]
+    events += [event("c10d::alltoall_base_", 4, 4.1), event("aten::mm", 4.5, 5.5), gloo(5, 6)]
+    events += [event("aten::mm", 6, 7), event("c10d::alltoall_base_", 7, 7.1), gloo(8, 9), event("aten::mm", 9, 9.5)]
+    steps = read([stored(tmp_path / "a.json", 0, events, size=1)])
+    assert list(steps) == [3]
+    found = by_exchange(steps[3])
+    assert {name: rounded(parts) for name, parts in found.items()} == {
+        "count": [Parts(0.0, 1.0, 1.0, 0.0)],
+        "dispatch": [Parts(0.0, 2.0, 1.0, 1.0)],
+        "combine": [Parts(0.0, 2.0, 2.0, 0.0)],
+    }
+    assert [
+        (span.name, round(1e3 * (span.start - 7), 3), round(1e3 * (span.end - 7), 3)) for span in steps[3][0].spans
+    ] == [("computing", 4.5, 5.5)]
+
+
+def test_where_posts_are_missing_an_exchange_lasts_from_when_gloo_began(tmp_path):
+    events = [layer(0, 0, 9), event("c10d::alltoall_base_", 1, 1.1), gloo(2, 3), gloo(4, 5)]
+    steps = read([stored(tmp_path / "a.json", 0, events, size=1)])
+    assert [round(1e3 * (flight.arrival - 7), 3) for flight in steps[0][0].flights] == [2, 4]
+
+
 def test_every_step_has_names_of_its_own_and_modules_are_marks(tmp_path):
     events = []
     for at in (0, 10):

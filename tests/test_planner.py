@@ -46,7 +46,7 @@ def test_the_peak_is_where_backward_begins_or_where_gradients_are_there():
     gate, head = 4 * 64 * 16, 4 * 256 * 16
     gradients = head + experts + (experts + dense + gate) // 2  # of the head, of this block's experts, of the other
     moving = 2 * 4 * 64 * 16
-    kept = block_activations(WIDE, 32, 64)
+    kept = block_activations(WIDE, Layout(2), 32, 64)
     wide_peak = wide.parameters + wide.optimizer + outside + kept + gradients + 2 * (experts + dense) + moving
     assert wide.peak == wide_peak
 
@@ -58,11 +58,36 @@ def test_each_layer_may_have_a_load_of_its_own():
     assert uneven.receive == 1.5 * even.receive
 
 
-def test_positions_cut_over_ranks_are_not_planned():
-    with pytest.raises(ValueError, match="tokens=32, sp=2 must be whole sequences"):
-        plan(TINY, Layout(2, sp=2), 32)
-    with pytest.raises(ValueError, match="sp=2 must divide the 1 ranks beside ep=2"):
-        Layout(2, 2, 2)
+def test_positions_cut_over_ranks_by_hand():
+    """On (dp 1, sp 2), 64 tokens a rank: 16 positions of 4 sequences, beside 32 of 2 on dp 2.
+
+    More are the others' keys and values, a mask of 16 x 32, and integers that say which positions are real.
+    """
+    whole, cut = plan(TINY, Layout(2), 64), plan(TINY, Layout(2, sp=2), 64)
+    in_a_block = 4 * (2 * 2 * 64 * 16 - 64 * 16 + 16 * 32) + 8 * 4 * 64
+    at_the_ends = 4 * (16 - 32) * 8 + 8 * (2 * 64 - 2)
+    assert cut == whole._replace(
+        activations=whole.activations + 2 * in_a_block + at_the_ends, peak=whole.peak + 2 * in_a_block + at_the_ends
+    )
+
+
+@pytest.mark.parametrize(("length", "copies"), [(32, 3), (31, 4)])
+def test_the_peak_may_be_where_gradients_of_keys_and_values_go_home(length, copies):
+    """Over sp 16 and 2 positions a rank; where the length does not divide padding copies them once more."""
+    config = dataclasses.replace(TINY, max_length=length)
+    planned = plan(config, Layout(16, sp=16), 128)
+    dense, experts = 4 * (48 * 16 + 16 * 16 + 4 * 16 + 3 * 8 * 16 + 2 * 16), 4 * 4 * 3 * 8 * 16
+    kept = block_activations(config, Layout(16, sp=16), 128, 256) + 4 * 128 * (8 * 16 + 1 + 2 * 2)
+    gradients = 4 * 256 * 16 + dense + experts // 16
+    moving = copies * 4 * 2 * 16 * 128 * 16
+    always = planned.parameters + planned.optimizer + 4 * (2 * 256 * 16 + 16)
+    assert planned.peak == always + kept + gradients + dense + moving
+
+
+def test_uneven_positions_are_those_of_the_fullest_rank():
+    uneven = dataclasses.replace(TINY, max_length=31)
+    assert [Layout(4, sp=4).positions(one) for one in (TINY, uneven)] == [8, 8]
+    assert plan(uneven, Layout(4, sp=4), 32).activations == plan(TINY, Layout(4, sp=4), 32).activations - 2 * 4 * 8
 
 
 def test_a_shard_is_the_largest_part():
@@ -83,7 +108,13 @@ def test_load_is_the_tail_of_a_trace():
 
 @pytest.mark.parametrize(
     ("layout", "tokens", "load", "message"),
-    [((3, 2), 32, 1, "ep=2 must divide the 3 ranks"), ((2, 2), 32, 2.5, "load=2.5"), ((2, 2), 33, 1, "tokens=33")],
+    [
+        ((3, 2), 32, 1, "ep=2 must divide the 3 ranks"),
+        ((2, 2, 2), 32, 1, "sp=2 must divide the 1 ranks beside ep=2"),
+        ((2, 2), 32, 2.5, "load=2.5"),
+        ((2, 2), 33, 1, "tokens=33 must be 32 positions of each of some sequences of 32 over sp=1"),
+        ((2, 1, 2), 24, 1, "tokens=24 must be 16 positions of each of some sequences of 32 over sp=2"),
+    ],
 )
 def test_what_cannot_be_planned_is_named(layout, tokens, load, message):
     with pytest.raises(ValueError, match=message):

@@ -68,3 +68,14 @@ def test_bad_sizes_are_refused(sizes, message):
 def test_another_length_is_refused():
     with pytest.raises(ValueError, match=r"x is \(2, 4, 16\): must be \(2, 5, D\)"):
         SequenceShard(2, 5, 2, 0).cut(torch.zeros(2, 4, 16))
+
+
+@pytest.mark.parametrize(("length", "size"), [(8, 2), (7, 2), (5, 4)])
+def test_the_mean_of_ranks_losses_is_that_over_all_tokens(length, size):
+    """Five positions over four ranks: two, two, one and none."""
+    logits_BLV, targets_BL = torch.randn(3, length, 11), torch.randint(11, (3, length))
+    shards = [SequenceShard(3, length, size, rank) for rank in range(size)]
+    losses = [shard.cross_entropy(shard.cut(logits_BLV), targets_BL) for shard in shards]
+    expected = torch.nn.functional.cross_entropy(logits_BLV.flatten(0, 1), targets_BL.flatten())
+    torch.testing.assert_close(torch.stack(losses).mean(), expected)
+    assert [bool(loss > 0) for loss in losses] == [bool(shard.valid_T.any()) for shard in shards]

@@ -1,6 +1,9 @@
 """One run on several layouts: loss curves beside those of one process in another order of sums, memory and time.
 
-python -m moe_lab.jobs.layouts docs/results/layouts.json
+    python -m moe_lab.jobs.layouts docs/results/layouts.json
+    python -m moe_lab.jobs.layouts docs/results/layouts.json --times
+
+Only time needs the machine to itself: `--times` measures it again, a minute, into the file that is there.
 """
 
 from __future__ import annotations
@@ -42,6 +45,8 @@ LAYOUTS = {
     "EP 4": Layout(4, 4),
     "FSDP 4": Layout(4),
     "dp 2 x ep 2": Layout(4, 2),
+    "sp 2": Layout(2, sp=2),
+    "dp 2 x sp 2": Layout(4, sp=2),
     "sp 2 x ep 2": Layout(4, 2, sp=2),
 }
 THREADS = (1, 2, 3, 4)
@@ -232,16 +237,14 @@ def compare(config: TrainConfig = SHRUNK) -> dict[str, Any]:
         pools = {2: two, 4: four}
         found = {seed: curves(dataclasses.replace(config, seed=seed), pools) for seed in tqdm(SEEDS, file=sys.stderr)}
         for name, layout in LAYOUTS.items():
-            if layout.sp == 1:
-                held = pools[layout.ranks].run(measure, config.model, text_BL, layout.ep)
-                footprints[name] = memory(config, layout, held)
+            held = pools[layout.ranks].run(measure, config.model, text_BL, layout.ep, layout.sp)
+            footprints[name] = memory(config, layout, held)
     runs = {ONE: found[0].threads[1], **found[0].layouts}
     return {
         "model": f"SMALL shrunk to {config.model.num_layers} layers, D {config.model.moe.dim}, gloo on one CPU",
         "text": f"argparse.py of Python {sys.version.split()[0]}",
         "torch": str(torch.__version__),
-        "cores": os.cpu_count(),
-        "load_average": os.getloadavg()[0],
+        **machine(),
         "config": config.to_dict(),
         "by_seed": {str(seed): one.summary() for seed, one in found.items()},
         "bytes": footprints,
@@ -251,9 +254,27 @@ def compare(config: TrainConfig = SHRUNK) -> dict[str, Any]:
     }
 
 
+def machine() -> dict[str, Any]:
+    """What times hold for."""
+    return {"cores": os.cpu_count(), "load_average": os.getloadavg()[0]}
+
+
+def times(config: TrainConfig = SHRUNK) -> dict[str, Any]:
+    """Seconds of a step of one process and on every layout, and what they hold for."""
+    found = {ONE: one_process(config).seconds}
+    with RankPool(2, backend="gloo", timeout=300) as two, RankPool(4, backend="gloo", timeout=300) as four:
+        for name, layout in LAYOUTS.items():
+            found[name] = on_ranks({2: two, 4: four}[layout.ranks], config, layout).seconds
+    return {**machine(), "seconds_a_step": found}
+
+
 if __name__ == "__main__":
     from moe_lab.jobs import layouts  # by the name that ranks import
 
-    result = layouts.compare()
-    Path(sys.argv[1]).write_text(json.dumps(result, indent=1) + "\n")
+    parser = argparse.ArgumentParser()
+    parser.add_argument("file", type=Path)
+    parser.add_argument("--times", action="store_true", help="only the time of a step, into a file that is there")
+    args = parser.parse_args()
+    result = json.loads(args.file.read_text()) | layouts.times() if args.times else layouts.compare()
+    args.file.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps({name: result[name] for name in ("by_seed", "bytes", "seconds_a_step")}, indent=1))

@@ -16,6 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from moe_lab.models.lm import LMConfig, MoELM
 from moe_lab.parallel.mesh import MeshExchange
+from moe_lab.parallel.sequence import MeshShard
 from moe_lab.parallel.sharding import make_mesh, shard_moe
 
 
@@ -76,24 +77,31 @@ class Watch:
         self.gathered = max(self.gathered, sum(storage.nbytes() for storage in self.weights.values()))
 
 
-def loss_of(model: nn.Module, bytes_BL: Tensor) -> Tensor:
-    """Mean cross-entropy of the next bytes."""
+def loss_of(model: nn.Module, bytes_BL: Tensor, part: MeshShard | None = None) -> Tensor:
+    """Mean cross-entropy of the next bytes; `part`: this rank's part of it, at its positions."""
+    if part is not None:
+        return part.cross_entropy(model(part.cut(bytes_BL[:, :-1]), part), bytes_BL[:, 1:])
     return F.cross_entropy(model(bytes_BL[:, :-1]).flatten(0, 1), bytes_BL[:, 1:].flatten())
 
 
-def measure(config: LMConfig, text_BL: Tensor, ep: int | None) -> Held:
+def measure(config: LMConfig, text_BL: Tensor, ep: int | None, sp: int = 1) -> Held:
     """Two steps of this rank on its share of `text_BL` (B, max_length + 1); ep None is one process, without a mesh.
 
-    The terms are of the second step; the peak is of all that it allocates, on top of weights and moments.
+    Over `sp` a share is of some positions only. The terms are of the second step; the peak is of all that one
+    allocates, on top of weights and moments: of three the least, since now and then gloo's thread frees a buffer late.
     """
     torch.manual_seed(0)
     model = MoELM(config).train()
+    part = None
     if ep is not None:
-        shard_moe(model, make_mesh(ep))
-        text_BL = text_BL.chunk(dist.get_world_size())[dist.get_rank()]
+        mesh = make_mesh(ep, sp)
+        shard_moe(model, mesh)
+        share = mesh.get_local_rank("dp") * ep + mesh.get_local_rank("ep")
+        text_BL = text_BL.chunk(dist.get_world_size() // sp)[share]
+        part = MeshShard.of(mesh["sp"], len(text_BL), text_BL.shape[1] - 1) if sp > 1 else None
     text_BL = text_BL.clone()  # a view keeps all of it
     optimizer = torch.optim.AdamW(model.parameters(), foreach=False)
-    loss_of(model, text_BL).backward()
+    loss_of(model, text_BL, part).backward()
     optimizer.step()
     optimizer.zero_grad()
     own = distinct_bytes(model.parameters())
@@ -102,13 +110,13 @@ def measure(config: LMConfig, text_BL: Tensor, ep: int | None) -> Held:
     received: list[int] = []
     watch = Watch(model)
     with watch.watching(), _receiving(model, rows, received):
-        loss = loss_of(model, text_BL)
+        loss = loss_of(model, text_BL, part)
     activations = watch.activations()
     watch.saved.clear()
     loss.backward()
     gradients = distinct_bytes(p.grad for p in model.parameters() if p.grad is not None)
     optimizer.zero_grad()
-    transient = _peak(model, text_BL)
+    transient = min(_peak(model, text_BL, part) for _ in range(3))
     terms = {
         "parameters": own,
         "gradients": gradients,
@@ -143,10 +151,10 @@ def _receiving(model: MoELM, rows: list[int], received: list[int]) -> Iterator[N
             hook.remove()
 
 
-def _peak(model: MoELM, text_BL: Tensor) -> int:
+def _peak(model: MoELM, text_BL: Tensor, part: MeshShard | None) -> int:
     """The most bytes that a forward and backward hold at once, as PyTorch's allocator saw them."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        loss_of(model, text_BL).backward()
+        loss_of(model, text_BL, part).backward()
     events = sorted(
         (event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"),
         key=lambda event: event.start_ns(),

@@ -90,16 +90,13 @@ class DistributedTrainer(Trainer):
     def _losses_of_positions(self, inputs_BL: Tensor, targets_BL: Tensor) -> Losses:
         """Of this rank's positions, weighted so that their mean over ranks is that over all tokens."""
         part = MeshShard.of(self.mesh["sp"], *inputs_BL.shape)
-        logits_tV = part.real(self.model(part.cut(inputs_BL), part)).float()
-        targets_t = part.cut(targets_BL).flatten()[part.valid_T.to(targets_BL.device)]
-        weight = part.size / targets_BL.numel()  # of a token: ranks have unequal numbers of them
-        summed = F.cross_entropy(logits_tV, targets_t, reduction="sum")
-        auxiliary, counts_LE = summed.new_zeros(()), self.counts()
-        if len(targets_t):
+        loss = part.cross_entropy(self.model(part.cut(inputs_BL), part), targets_BL)
+        auxiliary, counts_LE = loss.new_zeros(()), self.counts()
+        if here := int(part.valid_T.sum()):
             losses = auxiliary_loss(self.config, self._routings, len(inputs_BL), counts_LE)
-            auxiliary = len(targets_t) * weight * losses
+            auxiliary = here * part.size / targets_BL.numel() * losses
         self._routings.clear()
-        return Losses(weight * summed, auxiliary)
+        return Losses(loss, auxiliary)
 
     def counts(self) -> Tensor | None:
         """Of all ranks; every rank calls it."""

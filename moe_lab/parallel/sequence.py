@@ -83,6 +83,15 @@ class SequenceShard:
         """The layer on this shard; every rank of its mesh calls it, those without a real token too."""
         return self.padded(moe(self.real(x_BlD)))
 
+    def cross_entropy(self, logits_BlV: Float[Tensor, "B l V"], targets_BL: Int[Tensor, "B L"]) -> Float[Tensor, ""]:
+        """This rank's part of the loss of whole sequences: its sum, weighted so that ranks' mean is that over tokens.
+
+        Ranks have unequal numbers of tokens where the length does not divide, and may have none.
+        """
+        targets_t = self.cut(targets_BL).flatten()[self.valid_T.to(targets_BL.device)]
+        summed = F.cross_entropy(self.real(logits_BlV).float(), targets_t, reduction="sum")
+        return self.size / targets_BL.numel() * summed
+
     def _keep(self, device: torch.device) -> tuple[Tensor, Tensor]:
         keep_t = self.valid_T.nonzero().flatten()
         back_T = torch.full_like(self.index_T, -1)
@@ -124,7 +133,8 @@ class _Gather(torch.autograd.Function):
     def backward(ctx: Any, grad_HLD: Tensor) -> tuple[Tensor, None]:
         shard = ctx.shard
         missing = shard.size * shard.local_length - shard.length
-        parts = F.pad(grad_HLD, (0, 0, 0, missing)).chunk(shard.size, dim=-2)
+        padded_HLD = F.pad(grad_HLD, (0, 0, 0, missing)) if missing else grad_HLD  # padding by nothing would copy
+        parts = padded_HLD.chunk(shard.size, dim=-2)
         out_HlD = parts[0].new_empty(parts[0].shape)
         dist.reduce_scatter(out_HlD, [part.contiguous() for part in parts], group=shard.group)
         return out_HlD, None

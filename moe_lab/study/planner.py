@@ -1,6 +1,6 @@
 """What a training step of the language model needs in memory on the fullest rank, by formula, before it runs.
 
-T tokens a rank, R = T * K * load rows on the rank of a layer, N = dp * ep ranks; float32, 4 bytes a number.
+T tokens a rank, R = T * K * load rows on the rank of a layer, N = dp * sp * ep ranks; float32, 4 bytes a number.
 
 | term        | bytes                                                                                        |
 |-------------|----------------------------------------------------------------------------------------------|
@@ -58,6 +58,10 @@ class Layout:
         """Ranks that hold parts of the same experts, over dp and sp."""
         return self.ranks // self.ep
 
+    def positions(self, config: LMConfig) -> int:
+        """Positions of each of its sequences on a rank, where they are longest."""
+        return math.ceil(config.max_length / self.sp)
+
 
 class Footprint(NamedTuple):
     """Bytes of the fullest rank, by term."""
@@ -75,8 +79,9 @@ class Footprint(NamedTuple):
 def plan(config: LMConfig, layout: Layout, tokens: int, load: float | Sequence[float] = 1.0) -> Footprint:
     """The footprint of one step with `tokens` tokens a rank, where the fullest rank has `load` times the mean rows.
 
-    `load`: in every layer, or of each. For float32, backend "loop", dropless routing, whole sequences, no recompute.
-    `ValueError` for what does not divide, and for settings that the formulas do not cover.
+    `load`: in every layer, or of each. Over `sp` a rank has ceil(max_length / sp) positions of each of its sequences.
+    For float32, backend "loop", dropless routing, sequences of `max_length`, no recompute. `ValueError` for what does
+    not divide, and for settings that the formulas do not cover.
     """
     check_int("tokens", tokens, 1)
     moe = config.moe
@@ -85,9 +90,11 @@ def plan(config: LMConfig, layout: Layout, tokens: int, load: float | Sequence[f
         raise ValueError(f"load={load!r} must be of 1 or {config.num_layers} layers, from 0 to ep={layout.ep}")
     if moe.backend != "loop" or moe.mlp_bias or moe.shared_expert_gate or moe.score_before_experts:
         raise ValueError("planned are backend='loop', scores after experts, no biases and no gate of shared experts")
-    if moe.capacity_factor is not None or tokens % config.max_length or layout.sp > 1:
+    positions = layout.positions(config)
+    if moe.capacity_factor is not None or tokens % positions:
         raise ValueError(
-            f"tokens={tokens}, sp={layout.sp} must be whole sequences of {config.max_length}, and nothing dropped"
+            f"tokens={tokens} must be {positions} positions of each of some sequences of {config.max_length} over "
+            f"sp={layout.sp}, and nothing dropped"
         )
     check_layout(moe, layout.replicas, layout.ep)
     shapes = weights(config)
@@ -96,13 +103,15 @@ def plan(config: LMConfig, layout: Layout, tokens: int, load: float | Sequence[f
     rows_L = [math.ceil(tokens * moe.top_k * one) for one in loads]
     outside, block = gathered(shapes, layout)
     logits = FLOAT * 2 * tokens * VOCAB
-    stages = [activations(config, tokens, rows_L) + logits]
-    stages += [_in_block(config, layout, tokens, rows_L[: n + 1], block) for n in range(config.num_layers)]
+    kept = activations(config, layout, tokens, rows_L)
+    stages = [kept + logits]
+    for stage in (_in_experts, _in_attention) if layout.sp > 1 else (_in_experts,):
+        stages += [stage(config, layout, tokens, rows_L[: n + 1], block) for n in range(config.num_layers)]
     return Footprint(
         parameters=parameters,
         gradients=parameters,
         optimizer=optimizer,
-        activations=activations(config, tokens, rows_L),
+        activations=kept,
         receive=FLOAT * max(rows_L) * moe.dim if layout.ep > 1 else 0,
         gathered=outside + block,
         logits=logits,
@@ -110,8 +119,8 @@ def plan(config: LMConfig, layout: Layout, tokens: int, load: float | Sequence[f
     )
 
 
-def _in_block(config: LMConfig, layout: Layout, tokens: int, rows_L: Sequence[int], block: int) -> int:
-    """Bytes in the backward of the last of the blocks whose rows are given, beside weights that are always there."""
+def _in_experts(config: LMConfig, layout: Layout, tokens: int, rows_L: Sequence[int], block: int) -> int:
+    """Bytes as the last of the blocks whose rows are given undoes its experts, beside weights that are always there."""
     sizes = {n: s.numel() for n, s in weights(config).items() if n.startswith("blocks.0.")}
     experts = FLOAT * sum(size // layout.ep for name, size in sizes.items() if ".experts." in name)
     dense = FLOAT * sum(size for name, size in sizes.items() if ".experts." not in name)
@@ -119,9 +128,25 @@ def _in_block(config: LMConfig, layout: Layout, tokens: int, rows_L: Sequence[in
     cut = experts // layout.replicas + dense // layout.ranks
     gradients = FLOAT * VOCAB * config.moe.dim + experts + done * cut
     still_whole = block if done else 0
-    kept = sum(block_activations(config, tokens, rows) for rows in rows_L)
+    kept = sum(block_activations(config, layout, tokens, rows) for rows in rows_L)
     moving = (3 if layout.ep > 1 else 2) * FLOAT * rows_L[-1] * config.moe.dim
     return kept + gradients + block + still_whole + moving
+
+
+def _in_attention(config: LMConfig, layout: Layout, tokens: int, rows_L: Sequence[int], block: int) -> int:
+    """The same as it brings the gradients of keys and values home."""
+    moe = config.moe
+    sizes = {n: s.numel() for n, s in weights(config).items() if n.startswith("blocks.0.")}
+    experts = FLOAT * sum(size // layout.ep for name, size in sizes.items() if ".experts." in name)
+    dense = FLOAT * sum(size for name, size in sizes.items() if ".experts." not in name)
+    done = config.num_layers - len(rows_L)
+    cut = experts // layout.replicas + dense // layout.ranks
+    gradients = FLOAT * VOCAB * moe.dim + experts // layout.replicas + dense + done * cut
+    still_whole = block if done else 0
+    kept = sum(block_activations(config, layout, tokens, rows) for rows in rows_L[:-1])
+    kept += FLOAT * tokens * (8 * moe.dim + 1 + 2 * config.num_heads)
+    moving = 3 if config.max_length % layout.sp == 0 else 4
+    return kept + gradients + dense + still_whole + moving * FLOAT * 2 * layout.sp * tokens * moe.dim
 
 
 @cache
@@ -154,33 +179,42 @@ def gathered(shapes: dict[str, torch.Size], layout: Layout) -> tuple[int, int]:
     return FLOAT * outside, FLOAT * mine
 
 
-def activations(config: LMConfig, tokens: int, rows_L: Sequence[int]) -> int:
+def activations(config: LMConfig, layout: Layout, tokens: int, rows_L: Sequence[int]) -> int:
     """Bytes kept from forward to backward, with so many rows in each layer.
 
     Beside its blocks the model keeps its last norm, log-probabilities, rotary table, input bytes and targets, and one
-    number of the loss.
+    number of the loss; over sp also which of the logits are of real positions, twice.
     """
     moe = config.moe
-    rotary = config.max_length * moe.dim // config.num_heads
+    rotary = layout.positions(config) * moe.dim // config.num_heads
     ends = FLOAT * (tokens * (3 * moe.dim + 1) + tokens * VOCAB + rotary + 1)
-    ends += INT * (2 * tokens + tokens // config.max_length)
-    return ends + sum(block_activations(config, tokens, rows) for rows in rows_L)
+    ends += INT * (2 * tokens + (tokens // config.max_length if layout.sp == 1 else 2 * tokens))
+    return ends + sum(block_activations(config, layout, tokens, rows) for rows in rows_L)
 
 
-def block_activations(config: LMConfig, tokens: int, rows: int) -> int:
+def block_activations(config: LMConfig, layout: Layout, tokens: int, rows: int) -> int:
     """Bytes that one block keeps.
 
     In floats: of each norm its input, its normalised rows, its output and one scale a token; of attention q, k, v, the
-    rotated q and k, the output twice and 3 scales a head; scores T * E; expert inputs R * D and four times R * F; the
-    T * K outputs; four times the shared experts' width. And 3 integers an assignment.
+    rotated q, the output twice and 3 scales a head, the rotated k; scores T * E; expert inputs R * D and four times
+    R * F; the T * K outputs; four times the shared experts' width. And 3 integers an assignment. Over sp keys and
+    values of whole sequences are kept in place of the rotated k, what each position may look at, and 4 integers a token
+    that say which are real.
     """
     moe = config.moe
     norm = tokens * (3 * moe.dim + 1)
-    attention = tokens * (7 * moe.dim + 3 * config.num_heads)
+    attention = tokens * (6 * moe.dim + 3 * config.num_heads)
+    attention += tokens * moe.dim if layout.sp == 1 else _gathered_positions(config, layout, tokens)
     router = tokens * (moe.num_experts + moe.top_k)
     experts = rows * (moe.dim + 4 * moe.hidden_dim) + tokens * moe.top_k * moe.dim
     shared = 4 * tokens * moe.num_shared_experts * moe.hidden_dim
-    return FLOAT * (2 * norm + attention + router + experts + shared) + 3 * INT * tokens * moe.top_k
+    integers = 3 * tokens * moe.top_k + (4 * tokens if layout.sp > 1 else 0)
+    return FLOAT * (2 * norm + attention + router + experts + shared) + INT * integers
+
+
+def _gathered_positions(config: LMConfig, layout: Layout, tokens: int) -> int:
+    """Numbers that attention keeps of other ranks' positions: keys and values of all, and a mask (l, L)."""
+    return 2 * layout.sp * tokens * config.moe.dim + layout.positions(config) * config.max_length
 
 
 def trace_load(trace: RoutingTrace, layout: Layout, tokens: int) -> float:

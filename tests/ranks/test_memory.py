@@ -35,15 +35,15 @@ def trace(text_BL):
     return recorder.trace()
 
 
-def check(held, layout, trace):
+def check(held, layout, trace, config=CONFIG):
     """At the rows that came, every term to the byte and the peak within 10 %; beforehand, no term is above the plan.
 
     Beforehand is at the tail of another text's routing, which one ordinary step does not reach.
     """
-    tokens = BATCH // layout.ranks * CONFIG.max_length
-    beforehand = plan(CONFIG, layout, tokens, trace_load(trace, layout, tokens))
+    tokens = BATCH * layout.sp // layout.ranks * layout.positions(config)
+    beforehand = plan(config, layout, tokens, trace_load(trace, layout, tokens))
     for rank in held:
-        came = plan(CONFIG, layout, tokens, [rows / (tokens * CONFIG.moe.top_k) for rows in rank.rows])
+        came = plan(config, layout, tokens, [rows / (tokens * config.moe.top_k) for rows in rank.rows])
         for name in ("activations", "receive", "gathered"):
             assert rank.terms[name] == getattr(came, name), name
         assert rank.peak == pytest.approx(came.peak, rel=0.1)
@@ -58,11 +58,15 @@ def test_one_process(text_BL, trace):
 
 
 def test_two_ranks(text_BL, trace):
+    uneven = dataclasses.replace(CONFIG, max_length=63)
     with RankPool(2, backend="gloo") as pool:
         check(pool.run(measure, CONFIG, text_BL[:BATCH], 2), Layout(2, 2), trace)
+        check(pool.run(measure, CONFIG, text_BL[:BATCH], 1, 2), Layout(2, sp=2), trace)
+        fullest = pool.run(measure, uneven, text_BL[:BATCH, :64], 1, 2)[:1]  # the other has padding for a position
+        check(fullest, Layout(2, sp=2), trace, uneven)
 
 
 def test_four_ranks(text_BL, trace):
     with RankPool(4, backend="gloo") as pool:
-        for ep in (1, 2, 4):
-            check(pool.run(measure, CONFIG, text_BL[:BATCH], ep), Layout(4, ep), trace)
+        for ep, sp in ((1, 1), (2, 1), (4, 1), (1, 4), (2, 2), (1, 2)):
+            check(pool.run(measure, CONFIG, text_BL[:BATCH], ep, sp), Layout(4, ep, sp), trace)

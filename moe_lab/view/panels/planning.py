@@ -52,11 +52,12 @@ class PlannerPanel(Panel):
         powers = [2**n for n in range(11)]
         self.ranks = control(widgets.SelectionSlider, "ranks", "180px", options=powers, value=8)
         self.ep = control(widgets.SelectionSlider, "EP", "160px", options=powers, value=4)
+        self.sp = control(widgets.SelectionSlider, "sp", "160px", options=powers[:5])
         self.sequences = control(widgets.SelectionSlider, "sequences a rank", "230px", options=powers[:8], value=4)
         self.load = control(widgets.Dropdown, "fullest rank", "240px", options=[TRACE, *LOADS])
         self.limit = control(widgets.BoundedFloatText, "GiB a rank", "140px", min=0.01, max=1024, value=2.0)
         self.layout_image, self.token_image = (widgets.Image(format="png") for _ in range(2))
-        controls = [self.model, self.ranks, self.ep, self.sequences, self.load, self.limit]
+        controls = [self.model, self.ranks, self.ep, self.sp, self.sequences, self.load, self.limit]
         super().__init__([controls], [self.layout_image, self.token_image])
         self.offer_files("plan")
         self.watch(controls, self.refresh)
@@ -64,8 +65,8 @@ class PlannerPanel(Panel):
 
     def footprint(self, ep: int, sequences: int) -> Footprint:
         """Of the controls, but for these. `ValueError` for what cannot be."""
-        config = MODELS[self.model.value]
-        tokens = sequences * config.max_length
+        config, layout = MODELS[self.model.value], Layout(self.ranks.value, ep, self.sp.value)
+        tokens = sequences * layout.positions(config)
         if self.load.value != TRACE:
             load = min(LOADS[self.load.value], float(ep))
         elif config.moe.num_experts != SMALL.moe.num_experts:
@@ -74,7 +75,7 @@ class PlannerPanel(Panel):
             )
         else:
             load = tail(self._source, ep, tokens)
-        return plan(config, Layout(self.ranks.value, ep), tokens, load)
+        return plan(config, layout, tokens, load)
 
     def _update(self) -> None:
         self.shown = self.footprint(self.ep.value, self.sequences.value)
@@ -140,12 +141,13 @@ class PlannerPanel(Panel):
 
     def text(self) -> str:
         """The plan, term by term, and whether it fits."""
-        config, layout = MODELS[self.model.value], Layout(self.ranks.value, self.ep.value)
+        config, layout = MODELS[self.model.value], Layout(self.ranks.value, self.ep.value, self.sp.value)
+        cut = f", sp {layout.sp}" if layout.sp > 1 else ""
         fits = "fits" if self.shown.peak <= self.limit.value * GIB else "does not fit"
         rows = [[name, f"{size / GIB:.3f}"] for name, size in self.shown._asdict().items()]
         return (
-            f"{self.model.value} · {layout.ranks} ranks, EP {layout.ep} · "
-            f"{self.sequences.value} x {config.max_length:,} tokens a rank · {self.load.value} · float32 · "
+            f"{self.model.value} · {layout.ranks} ranks, EP {layout.ep}{cut} · "
+            f"{self.sequences.value} x {layout.positions(config):,} tokens a rank · {self.load.value} · float32 · "
             f"{fits} in {self.limit.value:g} GiB\n" + table([["", "GiB"], *rows])
         )
 
