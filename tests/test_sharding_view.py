@@ -18,7 +18,7 @@ def result():
 def test_differences_are_those_of_the_file(result):
     drawn = differences(result)
     curves, off = drawn.axes
-    names = [name for name in result["seconds_a_step"] if name != ONE]
+    names = list(result["by_seed"]["0"]["layouts"])
     assert [label.get_text() for label in off.get_xticklabels()] == names
     for line, name in zip(curves.lines, (ONE, *names), strict=True):
         np.testing.assert_allclose(line.get_ydata(), result["bits_per_byte"][name])

@@ -1,9 +1,10 @@
 """One run on several layouts: loss curves beside those of one process in another order of sums, memory and time.
 
     python -m moe_lab.jobs.layouts docs/results/layouts.json
-    python -m moe_lab.jobs.layouts docs/results/layouts.json --times
+    python -m moe_lab.jobs.layouts docs/results/layouts.json --costs
 
-Only time needs the machine to itself: `--times` measures it again, a minute, into the file that is there.
+Curves take minutes, time needs the machine to itself: `--costs` measures memory and time again, a minute, and leaves
+the curves in the file as they are.
 """
 
 from __future__ import annotations
@@ -229,43 +230,41 @@ def curves(config: TrainConfig, pools: dict[int, RankPool]) -> Curves:
 
 
 def compare(config: TrainConfig = SHRUNK) -> dict[str, Any]:
-    """Every layout's curve, time and memory, and how far apart curves are of one process."""
+    """Every layout's curve, how far apart curves are of one process, and `costs`."""
     torch.set_num_threads(1)
-    text_BL = _sequences(config, config.batch)
-    footprints = {ONE: memory(config, Layout(1), [measure(config.model, text_BL, None)])}
     with RankPool(2, backend="gloo", timeout=300) as two, RankPool(4, backend="gloo", timeout=300) as four:
         pools = {2: two, 4: four}
         found = {seed: curves(dataclasses.replace(config, seed=seed), pools) for seed in tqdm(SEEDS, file=sys.stderr)}
-        for name, layout in LAYOUTS.items():
-            held = pools[layout.ranks].run(measure, config.model, text_BL, layout.ep, layout.sp)
-            footprints[name] = memory(config, layout, held)
     runs = {ONE: found[0].threads[1], **found[0].layouts}
     return {
         "model": f"SMALL shrunk to {config.model.num_layers} layers, D {config.model.moe.dim}, gloo on one CPU",
         "text": f"argparse.py of Python {sys.version.split()[0]}",
         "torch": str(torch.__version__),
-        **machine(),
         "config": config.to_dict(),
         "by_seed": {str(seed): one.summary() for seed, one in found.items()},
-        "bytes": footprints,
-        "seconds_a_step": {name: run.seconds for name, run in runs.items()},
         "bits_per_byte": {name: run.bits_per_byte for name, run in runs.items()}
         | {f"{ONE}, {threads} threads": run.bits_per_byte for threads, run in found[0].threads.items() if threads > 1},
-    }
+    } | costs(config)
 
 
-def machine() -> dict[str, Any]:
-    """What times hold for."""
-    return {"cores": os.cpu_count(), "load_average": os.getloadavg()[0]}
-
-
-def times(config: TrainConfig = SHRUNK) -> dict[str, Any]:
-    """Seconds of a step of one process and on every layout, and what they hold for."""
-    found = {ONE: one_process(config).seconds}
+def costs(config: TrainConfig = SHRUNK) -> dict[str, Any]:
+    """Memory and time of a step, of one process and on every layout, and what times hold for."""
+    text_BL = _sequences(config, config.batch)
+    short = dataclasses.replace(config, steps=30)
+    footprints = {ONE: memory(config, Layout(1), [measure(config.model, text_BL, None)])}
+    seconds = {ONE: one_process(short).seconds}
     with RankPool(2, backend="gloo", timeout=300) as two, RankPool(4, backend="gloo", timeout=300) as four:
         for name, layout in LAYOUTS.items():
-            found[name] = on_ranks({2: two, 4: four}[layout.ranks], config, layout).seconds
-    return {**machine(), "seconds_a_step": found}
+            pool = {2: two, 4: four}[layout.ranks]
+            held = pool.run(measure, config.model, text_BL, layout.ep, layout.sp)
+            footprints[name] = memory(config, layout, held)
+            seconds[name] = on_ranks(pool, short, layout).seconds
+    return {
+        "cores": os.cpu_count(),
+        "load_average": os.getloadavg()[0],
+        "bytes": footprints,
+        "seconds_a_step": seconds,
+    }
 
 
 if __name__ == "__main__":
@@ -273,8 +272,8 @@ if __name__ == "__main__":
 
     parser = argparse.ArgumentParser()
     parser.add_argument("file", type=Path)
-    parser.add_argument("--times", action="store_true", help="only the time of a step, into a file that is there")
+    parser.add_argument("--costs", action="store_true", help="only memory and time, into a file that is there")
     args = parser.parse_args()
-    result = json.loads(args.file.read_text()) | layouts.times() if args.times else layouts.compare()
+    result = json.loads(args.file.read_text()) | layouts.costs() if args.costs else layouts.compare()
     args.file.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps({name: result[name] for name in ("by_seed", "bytes", "seconds_a_step")}, indent=1))

@@ -28,8 +28,8 @@ def differences(result: dict[str, Any]) -> Figure:
 
     Grey: the largest difference between runs of one process with 1 to 4 threads, from the least to the most of a seed.
     """
-    names = [name for name in result["seconds_a_step"] if name != ONE]
     seeds = list(result["by_seed"].values())
+    names = list(seeds[0]["layouts"])
     threads = [seed["threads"] for seed in seeds]
     with theme.style():
         drawn = theme.figure(WIDTH, 300)
@@ -49,7 +49,7 @@ def differences(result: dict[str, Any]) -> Figure:
         left.set(ylim=(0, None), ylabel="bits per byte", xlim=(1, len(steps)))
         left.set_xlabel("step", color=MUTED)
         right.set(yscale="log", ylabel="relative difference", xlim=(-0.5, len(names) - 0.5), ylim=(1e-8, 1e-2))
-        right.set_xticks(range(len(names)), names)
+        right.set_xticks(range(len(names)), names, fontsize=7)
         right.grid(axis="y")
     return drawn
 
