@@ -1,9 +1,11 @@
-"""What shared experts hide of combine in a sharded training step, from profiler traces of gloo ranks.
+"""What shared experts hide of combine in a sharded training step, from profiler traces of its ranks.
 
     python -m moe_lab.jobs.overlap docs/results/overlap.json
+    python -m moe_lab.jobs.overlap docs/results/h100x2_overlap.json --backend nccl --layer 1
 
-The shipped model spread over two ranks, on the text of the shipped pages. A round is a step that waits for combine at
-once and a step as it is, in turns which is first, each traced by `torch.profiler` and read by `study.kineto`.
+On gloo the shipped model spread over two ranks, on the text of the shipped pages; on NCCL two layers of 10B_2B, drawn
+at random, bfloat16, on random bytes. A round is a step that waits for combine at once and a step as it is, in turns
+which is first, each traced by `torch.profiler` and read by `study.kineto`.
 """
 
 from __future__ import annotations
@@ -24,13 +26,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile, record_function
+from torch.profiler import profile, record_function
 from tqdm import tqdm
 
 from moe_lab import data
+from moe_lab.config import MoEConfig
 from moe_lab.jobs.memory import loss_of
 from moe_lab.layer.all_to_all import AllToAllTokenDispatcher
-from moe_lab.models.lm import MoELM
+from moe_lab.models.lm import LMConfig, MoELM
 from moe_lab.parallel.mesh import MeshExchange, Wait
 from moe_lab.parallel.ranks import RankPool
 from moe_lab.parallel.sharding import make_mesh, shard_moe
@@ -40,7 +43,9 @@ from moe_lab.study.timeline import Flight, RankSteps, by_exchange
 
 SIDES = {"off": False, "on": True}
 BESIDE_SHARED = ("combine", "combine gradients")
-RANKS, SEQUENCES, BYTES = 2, 2, 449  # of a rank; the shortest page has some more
+RANKS = 2
+SHARES = {"gloo": (2, 448), "nccl": (8, 2048)}  # sequences of a rank and their tokens; the shortest page has 483 bytes
+LARGE = LMConfig(num_layers=2, num_heads=16, max_length=2048, moe=MoEConfig.preset("10B_2B", backend="grouped"))
 
 
 class AtOnce(MeshExchange):
@@ -67,11 +72,20 @@ def _marked(forward: Callable[..., Tensor], name: str, *args: Any) -> Tensor:
 @cache
 def _prepared() -> tuple[MoELM, Tensor]:
     """The sharded model and this rank's text, the same in every round."""
-    model = data.load_lm().train()
-    shard_moe(model, make_mesh(dist.get_world_size()))
+    backend, rank = dist.get_backend(), dist.get_rank()
+    sequences, length = SHARES[backend]
+    if backend == "nccl":
+        torch.manual_seed(0)
+        model = MoELM(LARGE).cuda().train()
+        shard_moe(model, make_mesh(RANKS, device="cuda"), dtype=torch.bfloat16)
+        text_BL = torch.randint(256, (RANKS * sequences, length + 1)).chunk(RANKS)[rank].cuda()
+    else:
+        model = data.load_lm().train()
+        shard_moe(model, make_mesh(RANKS))
+        pages = sorted((data.root() / "pages").iterdir())[rank::RANKS][:sequences]
+        text_BL = torch.tensor([list(page.read_bytes()[: length + 1]) for page in pages])
     mark(model.moe_layers)
-    pages = sorted((data.root() / "pages").iterdir())[dist.get_rank() :: dist.get_world_size()][:SEQUENCES]
-    return model, torch.tensor([list(page.read_bytes()[:BYTES]) for page in pages])
+    return model, text_BL
 
 
 def traced(folder: Path, overlap: bool) -> Path:
@@ -81,15 +95,20 @@ def traced(folder: Path, overlap: bool) -> Path:
     for moe in model.moe_layers:
         assert isinstance(moe.dispatcher, AllToAllTokenDispatcher)
         moe.dispatcher.exchange = kind(moe.dispatcher.exchange.group, collectives="c10d")  # type: ignore[attr-defined]
-    loss_of(model, text_BL).backward()
-    model.zero_grad()
+    _step(model, text_BL)
     dist.barrier()
-    with profile(activities=[ProfilerActivity.CPU]) as profiler:
-        loss_of(model, text_BL).backward()
-    model.zero_grad()
+    with profile() as profiler:
+        _step(model, text_BL)
     path = folder / f"rank{dist.get_rank()}.json"
     profiler.export_chrome_trace(str(path))
     return path
+
+
+def _step(model: MoELM, text_BL: Tensor) -> None:
+    loss_of(model, text_BL).backward()
+    model.zero_grad()
+    if text_BL.is_cuda:
+        torch.cuda.synchronize()
 
 
 Traces = dict[str, list[list[RankSteps]]]  # by side: layers, then ranks
@@ -167,19 +186,22 @@ def unpack(packed: Sequence[dict[str, Any]], name: str) -> list[RankSteps]:
     return found
 
 
-def measure(num_rounds: int, layer: int) -> dict[str, Any]:
+def measure(backend: str, num_rounds: int, layer: int) -> dict[str, Any]:
     """Rounds in microseconds, and the intervals of one layer in a typical round."""
     traces = []
-    with RankPool(RANKS, backend="gloo") as pool:
+    with RankPool(RANKS, backend=backend, timeout=300) as pool:
         for turn in tqdm(range(num_rounds), file=sys.stderr):
             traces.append(one_round(pool, list(SIDES)[:: 1 if turn % 2 else -1]))
     rounds = [microseconds(found) for found in traces]
     chosen = typical(rounds, layer)
+    model = "2 layers of 10B_2B, bfloat16," if backend == "nccl" else "the shipped model"
+    sequences, length = SHARES[backend]
+    cpu = f"{platform.machine()} CPU, {os.cpu_count()} cores"
     return {
-        "what": f"the shipped model on {RANKS} gloo ranks, EP {RANKS}, {SEQUENCES} x {BYTES - 1} tokens a rank",
+        "what": f"{model} on {RANKS} {backend} ranks, EP {RANKS}, {sequences} x {length:,} tokens a rank",
         "date": time.strftime("%Y-%m-%d"),
         "torch": str(torch.__version__),
-        "machine": f"{platform.machine()} CPU, {os.cpu_count()} cores",
+        "machine": f"{RANKS} x {torch.cuda.get_device_name()}" if backend == "nccl" else cpu,
         "load_average": os.getloadavg()[0],
         "parts": ["wait", "transfer", "exposed", "hidden"],
         "rounds": rounds,
@@ -193,7 +215,10 @@ if __name__ == "__main__":
 
     parser = argparse.ArgumentParser()
     parser.add_argument("file", type=Path)
-    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--backend", choices=list(SHARES), default="gloo")
+    parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--layer", type=int, default=3, help="the one whose intervals are kept")
     args = parser.parse_args()
-    args.file.write_text(json.dumps(overlap.measure(args.rounds, args.layer), separators=(",", ":")) + "\n")
+    args.file.write_text(
+        json.dumps(overlap.measure(args.backend, args.rounds, args.layer), separators=(",", ":")) + "\n"
+    )

@@ -78,8 +78,11 @@ def _by_layer(axes: Axes, rounds: Sequence[dict[str, Any]], name: str) -> None:
         found = [summarise(exposed(rounds, side, name, layer)) for layer in layers]
         x = [layer + shift for layer in layers]
         axes.vlines(x, [one.low for one in found], [one.high for one in found], color=colour, lw=1.5)
-        axes.plot(x, [one.median for one in found], ls="", marker=marker, ms=5, color=colour, label=label)
+        axes.plot(
+            x, [one.median for one in found], ls="", marker=marker, ms=5, color=colour, label=label, clip_on=False
+        )
     axes.set_ylim(0)
+    axes.set_xticks(list(layers))
     axes.set_xlabel("layer", color=MUTED)
     axes.grid(axis="y")
 
