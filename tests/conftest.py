@@ -4,7 +4,7 @@ import os
 import random
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # products are tiny here
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import jaxtyping
@@ -18,7 +18,7 @@ jaxtyping.install_import_hook([f"moe_lab.{room}" for room in sorted(ROOMS - UNCH
 
 import torch  # noqa: E402  (after the hook, like everything that may import moe_lab)
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is first imported: its kernels run on the CPU
 
@@ -36,11 +36,19 @@ def seeds():
 
 @pytest.fixture
 def one_thread():
-    """For tiny products: two threads on busy cores spend milliseconds meeting, a thousand times the work."""
+    """As many as a rank has: for bits that are compared with those of ranks."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def two_threads():
+    """For what threads share among them."""
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(1)
 
 
 @pytest.fixture

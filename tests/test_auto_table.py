@@ -8,8 +8,6 @@ from moe_lab.layer.auto import Case
 
 CASE = Case("cpu", "float32", False, 4.0, 16, 16, 4)
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture(autouse=True)
 def forget_the_table():

@@ -13,7 +13,6 @@ from moe_lab import MoE, MoEConfig
 from moe_lab.config import Backend
 from moe_lab.layer.router import Routing, count
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 NAMES = ("out", "x", "gates", "w1", "w2", "w3")
 CUDA = torch.cuda.is_available()  # without it `fused` runs in Triton's interpreter, which multiplies no bfloat16
 FUSED_DTYPES = [torch.bfloat16 if CUDA else torch.float32, torch.float16, torch.float64]

@@ -13,7 +13,6 @@ from moe_lab.jobs import bench, bench_inputs
 from moe_lab.study.measurements import load
 
 CPU = torch.device("cpu")
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

@@ -14,8 +14,6 @@ from moe_lab.kernels.buffered import (
 from moe_lab.layer.plan import plan_local
 from reference import relative_error
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def draw(tokens, dim, hidden_dim, experts, top_k, dtype):
     ids_TK = torch.rand(tokens, experts).argsort(dim=1)[:, :top_k].contiguous()
@@ -72,9 +70,8 @@ def test_runs_agree_to_the_bit():
     assert all(torch.equal(a, b) for a, b in zip(first, second))
 
 
-def test_threads_share_experts_unless_one_has_more_than_its_share():
+def test_threads_share_experts_unless_one_has_more_than_its_share(two_threads):
     """The same bits on one thread and on two, where they share; close where they share products."""
-    torch.set_num_threads(2)  # put back by the fixture
     even, probe = draw(64, 16, 8, 4, 2, torch.float32), torch.randn(64, 16)
     heavy = even._replace(expert_ids_TK=torch.tensor([[0, 1]] * 60 + [[2, 3]] * 4))
     for inputs in (even, heavy):

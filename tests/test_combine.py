@@ -7,7 +7,6 @@ from moe_lab.layer.combine import COMBINE_ARMS, gather, scatter_add
 from moe_lab.layer.plan import plan_local
 from reference import relative_error
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 ARMS = pytest.mark.parametrize("arm", COMBINE_ARMS.values(), ids=COMBINE_ARMS)
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 

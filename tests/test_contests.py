@@ -10,7 +10,6 @@ from moe_lab.jobs.bench_run import Settings, fields_of, timed
 from moe_lab.jobs.contests import Arm, Field, hold, refusal
 
 CPU = torch.device("cpu")
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -4,8 +4,6 @@ from moe_lab.config import MoEConfig
 from moe_lab.jobs import cpu_bench
 from moe_lab.study.measurements import Measurements, load
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture
 def tiny(monkeypatch):

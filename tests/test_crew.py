@@ -5,10 +5,7 @@ import torch
 
 from moe_lab.kernels import crew
 
-
-@pytest.fixture(autouse=True)
-def two_threads():
-    torch.set_num_threads(2)
+pytestmark = pytest.mark.usefixtures("two_threads")
 
 
 def test_every_piece_is_done_once_by_threads_that_compute_alone():

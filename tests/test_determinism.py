@@ -15,7 +15,6 @@ from moe_lab.study.stages import STAGES, run_stages
 from moe_lab.view import determinism as view
 from moe_lab.view import theme
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
 CHEAP = ("repeat", "recompute", "permuted", "alone", "in seven", "split", "ep 2")
 

@@ -7,7 +7,6 @@ from moe_lab.layer.combine import COMBINE_ARMS
 from moe_lab.layer.router import Routing, count, route
 from reference import relative_error
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 ARMS = pytest.mark.parametrize("combine", COMBINE_ARMS)
 BEFORE = pytest.mark.parametrize("before", [False, True], ids=["after", "before"])
 

@@ -12,7 +12,6 @@ from moe_lab.layer.backends.weights import Weights
 from moe_lab.layer.experts import SharedExperts
 from reference import relative_error
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 DIM, HIDDEN = 16, 24
 COUNTS = {
     "uneven": [7, 0, 12, 1],

@@ -4,7 +4,6 @@ import torch
 from moe_lab.kernels.grouped_linear import _laid_out, grouped_linear, grouped_linear_op, grouped_linear_weight_grad
 from reference import relative_error
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 ENDS_E = torch.tensor([0, 5, 5, 6, 30], dtype=torch.int32)  # two experts without rows
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 

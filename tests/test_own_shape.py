@@ -3,7 +3,6 @@ import pytest
 from moe_lab.jobs.own_shape import Shape, merged, one_round
 from moe_lab.study.measurements import measured
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 TINY = Shape(tokens=16, dim=32, hidden_dim=16, num_experts=4, top_k=2)
 
 

@@ -5,8 +5,6 @@ from moe_lab.jobs.paths import PATHS, path_arms, preset_layer
 from moe_lab.study.breakdown import breakdown
 from moe_lab.view.speeds import BreakdownTable, PhaseNames, breakdown_bars, phases_of
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture(scope="module")
 def layer():

@@ -10,7 +10,6 @@ from moe_lab import RouterConfig, TokenChoiceTopKRouter
 from moe_lab.layer.choosing import stable_topk
 from moe_lab.layer.router import count, limit_groups, route, score
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 LN = math.log
 
 

@@ -5,7 +5,6 @@ from moe_lab.kernels.rows import combine_gather, combine_gather_backward, gather
 from moe_lab.layer.plan import plan_local
 from reference import relative_error
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 IDS_TK = torch.tensor([[2, 0], [-1, 2], [1, -1], [-1, -1], [0, 3]])
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 

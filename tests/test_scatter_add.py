@@ -10,7 +10,6 @@ from moe_lab.kernels.scatter_add import (
     may_overlap,
 )
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 SHAPES = pytest.mark.parametrize("dims", [1, 2])
 
 

@@ -7,8 +7,6 @@ from moe_lab.jobs import bench_inputs, sweep
 from moe_lab.study.crossover import Point, winners
 from moe_lab.study.measurements import load
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch):

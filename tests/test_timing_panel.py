@@ -7,8 +7,6 @@ from PIL import Image
 
 from moe_lab.view.panels.timing import TimingPanel
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture(scope="module")
 def panel():

@@ -155,7 +155,7 @@ def test_the_balance_panel_answers_and_takes_a_methods_usual_strength(plans):
     after = harness.panel(plans)
     assert [a != b for a, b in zip(before.pictures, after.pictures)] == [True, True]
     harness.move_slider(plans, "coefficient")
-    harness.wait_for_text(plans, "bias 0.00178, layer 4")
+    harness.wait_for_text(plans, "bias 0.002, layer 4")
     plans.locator(".jp-OutputArea .widget-dropdown select").nth(1).select_option("capacity, probs")
     harness.wait_for_text(plans, "capacity, probs 1.25, layer 4")
     harness.press(plans, "CSV")

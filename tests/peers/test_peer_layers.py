@@ -9,7 +9,6 @@ from moe_lab.jobs.contests import hold
 from moe_lab.jobs.peers import PEERS
 
 CPU = torch.device("cpu")
-pytestmark = pytest.mark.usefixtures("one_thread")
 CONFIG = MoEConfig(dim=64, hidden_dim=32, num_experts=6, top_k=2)
 TRANSFORMERS = [name for name in PEERS if name.startswith("transformers")]
 

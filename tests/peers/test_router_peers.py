@@ -10,7 +10,6 @@ from reference import relative_error
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed: pip install moe-lab[peers]")
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 D, F, E, K, T = 32, 24, 16, 4, 200
 SMALL = {"hidden_size": D, "num_experts_per_tok": K, "num_hidden_layers": 1, "num_attention_heads": 2}
 V3_GROUPS = {"num_expert_groups": 4, "num_limited_groups": 2}

@@ -22,21 +22,13 @@ from moe_lab.study.padding import overhead
 from parallel_cases import check, draw, one_rank, virtual
 
 SEEDS = range(12)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
 def pool():
     with RankPool(4, backend="gloo") as pool:
         yield pool
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """As many threads as a rank has."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("collectives", ["functional", "c10d"])

@@ -25,6 +25,8 @@ from moe_lab.view.theme import CHANCE, LESS, MUTED
 
 TRACES = ("balanced", "unbalanced")
 SHOWN = tuple(name for name in METHODS if name != "jitter")  # which needs what the router reads
+USUAL = {method.coefficient for method in METHODS.values() if method.coefficient is not None}
+STRENGTHS = sorted({float(f"{digit}e{power}") for power in range(-4, 1) for digit in (1, 2, 5)} | USUAL)
 SETUP = Setup(ep=2, tokens_per_rank=512, steps=24)
 CEILING = 6
 SIZE = (440, 240)
@@ -97,8 +99,8 @@ class BalancePanel(Panel):
     def __init__(self, source: str = "unbalanced") -> None:
         self.source = control(widgets.Dropdown, "source", "190px", options=TRACES, value=source)
         self.method = control(widgets.Dropdown, "method", "250px", options=SHOWN, value="bias")
-        settings = {"min": -4, "max": 1, "step": 0.25, "value": 1e-3, "readout_format": ".2g"}
-        self.coefficient = control(widgets.FloatLogSlider, "coefficient", "310px", **settings)
+        strengths = [(f"{strength:g}", strength) for strength in STRENGTHS]  # a browser rounds to what a slider has
+        self.coefficient = control(widgets.SelectionSlider, "coefficient", "310px", options=strengths, value=1e-3)
         self.layer = control(widgets.IntSlider, "layer", "170px", min=0, max=5, value=3)
         self.images = [widgets.Image(format="png", layout={"max_width": f"{SIZE[0]}px"}) for _ in range(2)]
         super().__init__([[self.source, self.method, self.coefficient, self.layer]], self.images)
@@ -119,7 +121,7 @@ class BalancePanel(Panel):
     def params(self) -> Params:
         """What the controls say."""
         usual = method(self.method.value).coefficient
-        given = None if usual is None else float(f"{self.coefficient.value:.6g}")
+        given = None if usual is None else self.coefficient.value
         return Params(self.source.value, self.method.value, given, self.layer.value)
 
     def _update(self) -> None:
