@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +20,7 @@ from moe_lab.layer.backends import BACKENDS, ROUTED
 from moe_lab.layer.backends.routed import routed
 from moe_lab.layer.backends.weights import Biases, Weights
 from moe_lab.layer.router import Routing
-from moe_lab.layer.weight_cache import WeightCache
+from moe_lab.layer.weight_cache import UNDER_FSDP, WeightCache
 
 
 class GroupedExperts(nn.Module):
@@ -94,11 +95,23 @@ class GroupedExperts(nn.Module):
         """Forget copies of weights: after writes through `.data`, which nothing can see."""
         self.cache.drop()
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GroupedExperts:
+        self._let_go()
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._let_go()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def _let_go(self) -> None:
+        if torch.__future__.get_swap_module_params_on_conversion():  # which is refused for what is weakly held
+            self.cache.drop()
+
     def _weights(self, x: Tensor) -> Weights:
         w1_EFD, w2_EDF, w3_EFD = (w.to(x.dtype) for w in (self.w1_EFD, self.w2_EDF, self.w3_EFD))
         present = [b.to(x.dtype) for b in (self.b1_EF, self.b2_ED, self.b3_EF) if b is not None]
-        managed = getattr(self, "_is_fsdp_managed_module", False)  # set by fully_shard on each module below it
-        self.cache.refused = "under FSDP, which refills weights without a new version" if managed else None
+        if getattr(self, "_is_fsdp_managed_module", False):  # set by fully_shard on each module below it
+            self.cache.refused = UNDER_FSDP
         biases = Biases(*present) if present else None
         return Weights(w1_EFD, w2_EDF, w3_EFD, biases, ACTIVATIONS[self.activation], self.cache)
 

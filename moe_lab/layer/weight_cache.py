@@ -1,7 +1,8 @@
 """Copies of weights in another layout, kept while the weights stay the same.
 
-A copy is found again by its sources' identity, storage, address, version counter, shape, dtype and device. A write
-through `.data` moves none of these: call `drop_caches()` after one. Under debug contracts every hit is compared.
+A copy is found again by its sources' identity, storage, address, version counter, shape, dtype and device, as long as
+no optimizer has stepped: fused ones write without a new version. A write through `.data` or NumPy, or by a collective,
+moves none of these: call `drop_caches()` after one. Under debug contracts every hit is compared.
 """
 
 from __future__ import annotations
@@ -15,8 +16,20 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from moe_lab import contracts, fastpaths
+
+UNDER_FSDP = "under FSDP, which refills weights without a new version"
+_steps = 0  # of all optimizers in this process
+
+
+def _count_step(*_: object) -> None:
+    global _steps
+    _steps += 1
+
+
+register_optimizer_step_post_hook(_count_step)
 
 
 class _Kept(NamedTuple):
@@ -45,7 +58,7 @@ class WeightCache:
         if reason is not None:
             fastpaths.note(f"cached_{name}_miss", f"not kept: {reason}")
             return build()
-        key = tuple(_facts(source) for source in sources)
+        key = (_steps, *(_facts(source) for source in sources))  # before reading: what is written meanwhile is new
         with self._lock:
             kept = self._kept.get(name)
             changed = _changed(kept, sources, key)
@@ -81,8 +94,11 @@ def _changed(kept: _Kept | None, sources: Sequence[Tensor], key: tuple[Any, ...]
         return "first use"
     if any(ref() is not source for ref, source in zip(kept.sources, sources)):
         return "another tensor"
-    if kept.key != key:
-        written = any(old[0] != new[0] for old, new in zip(kept.key, key))
+    (old_steps, *old), (new_steps, *new) = kept.key, key
+    if old_steps != new_steps:
+        return "an optimizer has stepped"
+    if old != new:
+        written = any(was[0] != now[0] for was, now in zip(old, new))
         return "written in place" if written else "storage, shape, dtype or device changed"
     return None
 

@@ -21,6 +21,7 @@ from torch.func import functional_call
 from moe_lab.config import MoEConfig, check_int
 from moe_lab.layer.experts import GroupedExperts
 from moe_lab.layer.moe import MoE
+from moe_lab.layer.weight_cache import UNDER_FSDP
 from moe_lab.parallel.wire import compare_settings, wire, without_weights
 
 MESHES = (("dp", "ep"), ("dp", "sp", "ep"))
@@ -74,6 +75,7 @@ class ShardedExperts(nn.Module):
         super().__init__()
         local = len(experts.w1_EFD) // mesh.size()
         self.products = [without_weights(experts, local)]  # in a list it is no child: its weights are ours
+        self.products[0].cache.refused = UNDER_FSDP
         for name, weight in experts.named_parameters():
             cut = distribute_tensor(weight.detach(), mesh, [Shard(0)], src_data_rank=None)
             self.register_parameter(name, nn.Parameter(cut, requires_grad=weight.requires_grad))

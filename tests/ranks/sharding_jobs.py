@@ -5,10 +5,17 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
-from moe_lab import MoE
+from moe_lab import MoE, fastpaths
 from moe_lab.models.lm import LMConfig, MoELM
 from moe_lab.parallel.sequence import MeshShard
-from moe_lab.parallel.sharding import clip_grad_norm, make_mesh, moe_layers, shard_moe, update_biases
+from moe_lab.parallel.sharding import (
+    ShardedExperts,
+    clip_grad_norm,
+    make_mesh,
+    moe_layers,
+    shard_moe,
+    update_biases,
+)
 
 
 def batch(config, size=8, length=None):
@@ -131,3 +138,29 @@ def layer_alone(config, ep):
     x_TD = torch.randn(5 + dist.get_rank(), config.dim)
     expected = moe(x_TD).detach()
     return shard_moe(moe, make_mesh(ep))(x_TD).detach(), expected
+
+
+def alternated(config, ep, rounds=3):
+    """Training steps by `loop`, two forwards by `batched` after each: outputs beside those of a fresh layer of the same
+    weights, what the record says of kept copies, and bytes kept.
+    """
+    torch.manual_seed(0)
+    moe = shard_moe(MoE(config), make_mesh(ep))
+    experts = moe.experts.products[0] if isinstance(moe.experts, ShardedExperts) else moe.experts
+    optimizer = torch.optim.SGD(moe.parameters(), lr=1.0)
+    x_TD = torch.randn(2 * config.num_experts, config.dim, generator=torch.Generator().manual_seed(dist.get_rank()))
+    pairs = []
+    with fastpaths.record() as record:
+        for _ in range(rounds):
+            experts.backend = "loop"
+            moe.train()(x_TD).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            experts.backend = "batched"
+            weights = {name: whole(value) for name, value in moe.state_dict().items()}
+            fresh = MoE(config)
+            fresh.load_state_dict(weights)
+            with torch.no_grad():
+                pairs += [(moe.eval()(x_TD), fresh.eval()(x_TD)) for _ in range(2)]
+    kept = {name: entry.reasons for name, entry in record.entries.items() if name.startswith("cached_")}
+    return pairs, kept, record.count("batched_no_grad_experts"), experts.cache.num_bytes

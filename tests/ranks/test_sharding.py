@@ -4,7 +4,7 @@ import pytest
 import sharding_jobs as jobs
 import torch
 
-from moe_lab import MoEConfig
+from moe_lab import MoEConfig, RouterConfig
 from moe_lab.parallel import RankPool
 from moe_lab.parallel.ranks import RankError
 from moe_lab.parallel.sharding import check_layout, expert_dim
@@ -185,3 +185,19 @@ def test_the_norm_is_that_of_the_whole_and_cuts_the_same(pool):
 def test_a_layer_alone_may_be_sharded(pool):
     out, expected = pool.run(jobs.layer_alone, TINY.moe, 2)[0]
     assert torch.allclose(out, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("ep", [1, 2])
+def test_training_and_evaluating_in_turn_never_meets_stale_copies_of_weights(pool, ep):
+    """`batched` keeps no copies under FSDP, and says why: every forward equals a fresh layer of the same weights."""
+    router = RouterConfig(force_load_balance="round_robin")
+    layer = MoEConfig(dim=16, hidden_dim=8, num_experts=4, top_k=2, router=router)
+    reason = "not kept: under FSDP, which refills weights without a new version"
+    for pairs, kept, batched, num_bytes in pool.run(jobs.alternated, layer, ep):
+        assert batched == len(pairs) == 6
+        for got, expected in pairs:
+            torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+        for before, after in zip(pairs[::2], pairs[2::2]):
+            assert not torch.allclose(before[1], after[1], rtol=1e-2)  # so that old weights would be seen
+        assert kept == {f"cached_{name}_miss": {reason: 6} for name in ("w13", "w2_t")}
+        assert num_bytes == 0
