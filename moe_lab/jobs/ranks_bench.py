@@ -44,21 +44,23 @@ def settings_of(args: argparse.Namespace) -> list[Settings]:
 
 
 def run(call: Callable[[Settings], Sequence[RankResult] | None], work: Sequence[Settings], out: Path | None) -> None:
-    """Measure everything, print a table a layer; the file holds what is done whenever it is interrupted.
+    """Measure everything, print a table a layer. Interrupted, the tables and the file hold what is done.
 
     `call` gives the results of all ranks on the rank that reports, None on the others.
     """
     rows: list[Row] = []
-    for settings in tqdm(work, desc="bench", unit="arm", file=sys.stderr, delay=2, disable=None):
-        by_rank = call(settings)
-        if by_rank is None:
-            continue
-        rows.append(gather_rows(settings, by_rank))
-        if out is not None:
-            device = torch.device("cuda" if choose_backend("auto", len(by_rank)) == "nccl" else "cpu")
-            save(out, environment(device), rows)
-    for name in dict.fromkeys(row.layer for row in rows):
-        print(describe(name, [row for row in rows if row.layer == name]), flush=True)
+    try:
+        for settings in tqdm(work, desc="bench", unit="arm", file=sys.stderr, delay=2, disable=None):
+            by_rank = call(settings)
+            if by_rank is None:
+                continue
+            rows.append(gather_rows(settings, by_rank))
+            if out is not None:
+                device = torch.device("cuda" if choose_backend("auto", len(by_rank)) == "nccl" else "cpu")
+                save(out, environment(device), rows)
+    finally:
+        for name in dict.fromkeys(row.layer for row in rows):
+            print(describe(name, [row for row in rows if row.layer == name]), flush=True)
 
 
 def main_under_torchrun(args: argparse.Namespace) -> None:

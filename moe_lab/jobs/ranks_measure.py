@@ -41,35 +41,52 @@ class RankResult(NamedTuple):
     reason: str
 
 
+class Part:
+    """One rank's part of a layer: its experts, beside those of its group of ranks, its tokens and their routing.
+
+    `copies`: the ranks that hold the same experts, one of each group.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.on_gpu = dist.get_backend() == "nccl"
+        device, dtype = torch.device("cuda" if self.on_gpu else "cpu"), getattr(torch, settings.dtype)
+        mesh = make_mesh(settings.ep or dist.get_world_size(), device=device.type)
+        self.group, self.copies = mesh["ep"].get_group(), mesh["dp"].get_group()
+        self.moe = _layer(settings, self.group, device, dtype)
+        self.dispatcher: AllToAllTokenDispatcher = self.moe.dispatcher  # type: ignore[assignment]
+        self.routing = draw_routing(settings, dist.get_rank(), dist.get_world_size(), device)
+        torch.manual_seed(dist.get_rank())
+        self.x_TD = torch.randn(settings.tokens, settings.config.dim, device=device, dtype=dtype)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        """(T, D): tokens through their experts wherever these are."""
+        rows_RD, plan = self.dispatcher.dispatch(x_TD, self.routing)
+        return self.dispatcher.combine(self.moe.experts(rows_RD, plan.ends_E), self.routing, plan)
+
+    def step(self) -> list[Tensor]:
+        """The experts' gradients of the sum over all ranks of mean(y^2); none is left behind."""
+        self.forward(self.x_TD.detach().requires_grad_()).float().square().mean().backward()
+        self.routing.gates_TK.grad = None
+        gradients = []
+        for weight in self.moe.experts.parameters():
+            assert weight.grad is not None
+            if self.copies.size() > 1:
+                dist.all_reduce(weight.grad, group=self.copies)
+            gradients.append(weight.grad)
+            weight.grad = None
+        return gradients
+
+
 def measure(settings: Settings) -> RankResult:
     """Rank function: time one layer on this rank's tokens, beside its peers.
 
     With several groups of ranks, each with all experts, a step ends with the sum of the experts' gradients over them.
     """
-    on_gpu = dist.get_backend() == "nccl"
-    device, dtype = torch.device("cuda" if on_gpu else "cpu"), getattr(torch, settings.dtype)
-    mesh = make_mesh(settings.ep or dist.get_world_size(), device=device.type)
-    group, copies = mesh["ep"].get_group(), mesh["dp"].get_group()
-    moe = _layer(settings, group, device, dtype)
-    dispatcher: AllToAllTokenDispatcher = moe.dispatcher  # type: ignore[assignment]
-    routing = draw_routing(settings, dist.get_rank(), dist.get_world_size(), device)
-    torch.manual_seed(dist.get_rank())
-    x_TD = torch.randn(settings.tokens, settings.config.dim, device=device, dtype=dtype)
-
-    def layer(x_TD: Tensor) -> Tensor:
-        rows_RD, plan = dispatcher.dispatch(x_TD, routing)
-        return dispatcher.combine(moe.experts(rows_RD, plan.ends_E), routing, plan)
-
-    def step() -> None:
-        layer(x_TD.detach().requires_grad_()).float().square().mean().backward()
-        for weight in moe.experts.parameters():
-            if copies.size() > 1:
-                dist.all_reduce(weight.grad, group=copies)
-            weight.grad = None
-        routing.gates_TK.grad = None
-
-    forward = torch.no_grad()(lambda: layer(x_TD))
-    edges_IP = [_edges(moe, dispatcher, x_TD, routing, on_gpu) for _ in range(settings.warmup + settings.iterations)]
+    part = Part(settings)
+    dispatcher, group, routing, x_TD, on_gpu = part.dispatcher, part.group, part.routing, part.x_TD, part.on_gpu
+    forward = torch.no_grad()(lambda: part.forward(x_TD))
+    rounds = settings.warmup + settings.iterations
+    edges_IP = [_edges(part.moe, dispatcher, x_TD, routing, on_gpu) for _ in range(rounds)]
     with torch.no_grad():
         plan = finish(dispatcher.planning(routing))
         sent_SD = dispatcher.pack(x_TD, routing, plan)
@@ -78,7 +95,7 @@ def measure(settings: Settings) -> RankResult:
     away = sum(n for r, n in enumerate(splits) if r != group.rank()) * sent_SD.shape[1] * sent_SD.element_size()
     return RankResult(
         _repeat(forward, settings, on_gpu),
-        _repeat(step, settings, on_gpu),
+        _repeat(part.step, settings, on_gpu),
         edges_IP[settings.warmup :],
         exchange_ms,
         plain_ms,

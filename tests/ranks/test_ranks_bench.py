@@ -8,11 +8,16 @@ import sys
 
 import numpy as np
 import pytest
+import ranks_bench_jobs
 import torch
 
+from moe_lab.jobs import ranks_bench
+from moe_lab.jobs.bench_inputs import Inputs
+from moe_lab.jobs.peers import grouped_experts_of
 from moe_lab.jobs.ranks_inputs import all_settings, draw_routing
 from moe_lab.jobs.ranks_measure import measure
 from moe_lab.jobs.ranks_table import EXCHANGES, PHASES, describe, gather_rows, wait_and_transfer
+from moe_lab.layer.dispatch import LocalTokenDispatcher
 from moe_lab.parallel import RankPool
 
 SMALL = {"tokens": 64, "dtype": "float32", "iterations": 3, "warmup": 1}
@@ -53,6 +58,22 @@ def test_rows_say_what_ran(by_rank):
     assert "combine exchange" in text
 
 
+def test_an_interrupt_leaves_a_table_and_a_file_of_what_is_done(by_rank, tmp_path, capsys):
+    settings, ranks = by_rank["unequal"]
+
+    def call(one):
+        if one is not settings:
+            raise KeyboardInterrupt
+        return ranks
+
+    with pytest.raises(KeyboardInterrupt):
+        ranks_bench.run(call, [settings, by_rank["equal"][0]], tmp_path / "out.json")
+    printed = capsys.readouterr().out
+    assert printed.startswith("10B_2B/64 on 2 ranks, EP 2   T 64")
+    assert "forced: worst overhead" not in printed
+    assert [row["kind"] for row in json.loads((tmp_path / "out.json").read_text())["rows"]] == ["unequal"]
+
+
 def test_bytes_to_others_are_those_of_the_routing(by_rank):
     settings, ranks = by_rank["unequal"]
     for rank, result in enumerate(ranks):
@@ -85,11 +106,33 @@ def test_groups_of_ranks_wait_among_themselves(by_rank):
     assert [row.wait_ms[name] for name in EXCHANGES] == [0, 0]
 
 
-@pytest.mark.slow
-def test_two_groups_of_two_ranks():
-    (settings,) = all_settings(["10B_2B/64"], ["skewed"], ["unequal"], **SMALL, ep=2)
+@pytest.fixture(scope="module")
+def four():
     with RankPool(4, backend="gloo") as pool:
-        ranks = pool.run(measure, settings)
+        yield pool
+
+
+@pytest.mark.parametrize("ep", [1, 2, 4])
+def test_a_steps_gradients_are_those_of_the_sum_of_all_ranks_losses(four, ep):
+    """In one process: all experts, each rank's tokens, the sum of mean(y^2). Ranks r and r + ep share experts."""
+    (settings,) = all_settings(["10B_2B/64"], ["skewed"], ["unequal"], **SMALL | {"tokens": 16}, ep=ep)
+    parts = four.run(ranks_bench_jobs.gradients, settings)
+    weights = [torch.cat([part.weights[i] for part in parts[:ep]]).requires_grad_() for i in range(3)]
+    experts, dispatcher = grouped_experts_of(Inputs(*[parts[0].x_TD] * 3, *weights), "loop"), LocalTokenDispatcher(36)
+    for part in parts:
+        rows_RD, plan = dispatcher.dispatch(part.x_TD, part.routing)
+        y_TD = dispatcher.combine(experts(rows_RD, plan.ends_E), part.routing, plan)
+        y_TD.square().mean().backward()
+    for rank, part in enumerate(parts):
+        assert all(torch.equal(a, b) for a, b in zip(part.weights, parts[rank % ep].weights))
+        for got, weight in zip(part.gradients, experts.parameters()):
+            torch.testing.assert_close(got, weight.grad.chunk(ep)[rank % ep], rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.slow
+def test_two_groups_of_two_ranks(four):
+    (settings,) = all_settings(["10B_2B/64"], ["skewed"], ["unequal"], **SMALL, ep=2)
+    ranks = four.run(measure, settings)
     row = gather_rows(settings, ranks)
     assert (row.ranks, row.ep) == (4, 2)
     for group in (ranks[:2], ranks[2:]):
