@@ -1,10 +1,15 @@
 import dataclasses
-from functools import partial
 
 import pytest
 
-from moe_lab.jobs.layouts import IN_ORDER, SHRUNK, InParts, difference, largest_between, on_ranks, one_process
+from moe_lab.jobs.layouts import IN_ORDER, SHRUNK, difference, in_order, largest_between, on_ranks, one_process
 from moe_lab.parallel import RankPool
+
+
+@pytest.fixture(scope="module")
+def pools():
+    with RankPool(2, backend="gloo") as two, RankPool(4, backend="gloo") as four:
+        yield {2: two, 4: four}
 
 
 def test_the_difference_is_that_of_the_worst_step():
@@ -15,22 +20,20 @@ def test_the_largest_difference_is_between_any_two():
     assert largest_between([[1.0], [1.1], [0.8]]) == pytest.approx(1.1 / 0.8 - 1)
 
 
-@pytest.mark.parametrize("together", [False, True])
-def test_a_batch_in_parts_is_the_same_run(one_thread, together):
+@pytest.mark.parametrize("name", ["EP 4", "FSDP 4", "dp 2 x ep 2"])
+def test_another_order_of_sums_is_the_same_run(one_thread, name):
     config = dataclasses.replace(SHRUNK, steps=3)
-    whole, parts = one_process(config), one_process(config, make=partial(InParts, parts=4, together=together))
-    assert difference(parts.bits_per_byte, whole.bits_per_byte) < 1e-6
-    assert parts.bits_per_byte[1:] != whole.bits_per_byte[1:]  # sums are in another order
+    whole, ordered = one_process(config).bits_per_byte, in_order(config, IN_ORDER[name]).bits_per_byte
+    assert difference(ordered, whole) < 1e-6
+    assert ordered[1:] != whole[1:]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", IN_ORDER)
-@pytest.mark.parametrize("seed", [0, 1])
-def test_two_ranks_have_the_bits_of_one_process_that_sums_in_their_order(one_thread, name, seed):
-    """Fifty steps, every logged loss: so nothing but the order of sums sets ranks apart from one process."""
-    config, (layout, make) = dataclasses.replace(SHRUNK, seed=seed), IN_ORDER[name]
-    with RankPool(2, backend="gloo") as pool:
-        ranks = on_ranks(pool, config, layout).bits_per_byte
-    assert len(ranks) == 50
-    assert ranks == one_process(config, make=make).bits_per_byte
+def test_ranks_in_a_fixed_order_have_the_bits_of_one_process_that_sums_so(one_thread, pools, name):
+    """Every logged loss: nothing but the order of sums sets ranks apart from one process. Fifty steps: the job."""
+    config, layout = dataclasses.replace(SHRUNK, steps=8, save_every=8), IN_ORDER[name]
+    ranks = on_ranks(pools[layout.ranks], config, layout, fixed_order=True).bits_per_byte
+    assert len(ranks) == 8
+    assert ranks == in_order(config, layout).bits_per_byte
     assert ranks != one_process(config).bits_per_byte

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from moe_lab.jobs.layouts import IN_ORDER
 from moe_lab.view import theme
 from moe_lab.view.sharding import ONE, difference_table, differences, layout_table, memory, term_table
 
@@ -27,12 +28,14 @@ def test_differences_are_those_of_the_file(result):
     assert Image.open(io.BytesIO(theme.png(drawn))).size == (theme.SCALE * theme.WIDTH, theme.SCALE * 300)
 
 
-def test_two_ranks_in_the_file_have_one_process_s_bits(result):
-    for seed in result["by_seed"].values():
-        assert seed["in_order"] == {"FSDP 2": 0.0, "EP 2": 0.0}
+def test_ranks_in_a_fixed_order_have_one_process_s_bits_in_the_file(result):
+    seeds, ordered = result["by_seed"].values(), ["same", "order", "of", "sums"]
+    for seed in seeds:
+        assert seed["in_order"] == dict.fromkeys(IN_ORDER, 0.0)
     table = difference_table(result).splitlines()
     assert table[1].startswith("one process, 1 to 4 threads")
-    assert table[-1].split() == ["EP", "2,", "same", "order", "of", "sums", *["0"] * len(result["by_seed"])]
+    assert table[-1].split() == ["dp", "2", "x", "ep", "2,", *ordered, *["0"] * len(seeds)]
+    assert set(result["seconds_in_fixed_order"]) == set(IN_ORDER)
 
 
 def test_bars_stand_on_each_other_up_to_what_is_held(result):

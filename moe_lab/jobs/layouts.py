@@ -10,6 +10,7 @@ the curves in the file as they are.
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import hashlib
 import json
@@ -25,7 +26,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from moe_lab.jobs.corpus_file import Corpus, Split
@@ -76,51 +77,66 @@ def source_text() -> Corpus:
     return Corpus(split(text[:-300]), split(text[-300:]), {})
 
 
-class InParts(Trainer):
-    """One process that sums as `parts` ranks do: the mean of each part's mean, a gradient's norm in float64.
+class InOrder(Trainer):
+    """One process that sums as the ranks of a layout with `ep` do: its ranks are virtual, gradients added by rank.
 
-    `together`: experts take the rows of all parts at once, as they do over ep.
+    Each rank has a copy of the model, on the same weights, for gradients of its own; ranks of one `ep` run in lock
+    step, and share experts.
     """
 
-    def __init__(self, config: TrainConfig, corpus: Corpus, device: str, *, parts: int, together: bool = False) -> None:
-        self.parts, self.together = parts, together
+    def __init__(self, config: TrainConfig, corpus: Corpus, device: str, *, layout: Layout) -> None:
+        self.layout = layout
         super().__init__(config, corpus, device)
 
-    def _losses(self, bytes_BL: Tensor) -> Losses:
-        parts = bytes_BL.chunk(self.parts)
-        logits = in_lock_step(self.model, [p[:, :-1] for p in parts], together=self.together)
-        losses = [F.cross_entropy(l_BLV.flatten(0, 1), p[:, 1:].flatten()) for l_BLV, p in zip(logits, parts)]
-        return Losses(torch.stack(losses).mean(), torch.zeros(()))
+    def spread(self, model: MoELM) -> MoELM:
+        """Whole, beside its copies."""
+        self.copies = [_copy(model) for _ in range(self.layout.ep)]
+        return model
 
-    def clip(self) -> Tensor:
-        """As `clip_grad_norm` of sharded weights."""
-        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
-        norm = torch.stack([grad.double().square().sum() for grad in grads]).sum().sqrt().float()
-        scale = (self.config.clip / (norm + 1e-6)).clamp(max=1.0)
-        for grad in grads:
-            grad.mul_(scale)
-        return norm
+    def gradients(self, bytes_BL: Tensor) -> Losses:
+        """Those of the mean of all ranks' losses; that mean."""
+        found = []
+        for group_BL in bytes_BL.chunk(self.layout.replicas):
+            parts = group_BL.chunk(self.layout.ep)
+            logits = in_lock_step(self.copies, [part_BL[:, :-1] for part_BL in parts])
+            losses = [F.cross_entropy(l_BLV.flatten(0, 1), p_BL[:, 1:].flatten()) for l_BLV, p_BL in zip(logits, parts)]
+            (torch.stack(losses).sum() / self.layout.ranks).backward()
+            found += [loss.detach() for loss in losses]
+            for one in self.copies:
+                for p, mine in zip(self.model.parameters(), one.parameters()):
+                    if mine.grad is not None:  # experts have theirs in the first copy
+                        p.grad = mine.grad if p.grad is None else p.grad + mine.grad
+                    mine.grad = None
+        return Losses(torch.stack(found).mean(), torch.zeros(()))
 
 
-def in_lock_step(model: MoELM, parts: Sequence[Tensor], *, together: bool) -> list[Tensor]:
-    """Logits of every part, block by block; `together`: each layer's experts are spread over as many virtual ranks."""
-    if not together:
-        return [model(bytes_BL) for bytes_BL in parts]
-    hidden = [model.embedding(bytes_BL) for bytes_BL in parts]
-    config = model.config
+def _copy(model: MoELM) -> MoELM:
+    """A copy whose weights, with gradients of their own, and buffers are the model's."""
+    shared: dict[int, Any] = {id(p): nn.Parameter(p.detach()) for p in model.parameters()}
+    return copy.deepcopy(model, shared | {id(buffer): buffer for buffer in model.buffers()})
+
+
+def in_lock_step(copies: Sequence[MoELM], parts: Sequence[Tensor]) -> list[Tensor]:
+    """Logits of every rank's part by its copy of the model, block by block: experts are those of the first."""
+    config = copies[0].config
     rotary = rotary_table(parts[0].shape[1], config.moe.dim // config.num_heads, parts[0].device)
-    for block in model.blocks:
-        hidden = [x_BLD + block.attention(block.attention_norm(x_BLD), rotary) for x_BLD in hidden]  # type: ignore[operator]
-        rows = [block.moe_norm(x_BLD).flatten(0, 1) for x_BLD in hidden]  # type: ignore[operator]
-        outs = VirtualRanks(block.moe, len(parts))(rows)  # type: ignore[arg-type]
+    hidden = [one.embedding(bytes_BL) for one, bytes_BL in zip(copies, parts)]
+    for blocks in zip(*(one.blocks for one in copies)):
+        hidden = [x_BLD + b.attention(b.attention_norm(x_BLD), rotary) for b, x_BLD in zip(blocks, hidden)]
+        rows = [b.moe_norm(x_BLD).flatten(0, 1) for b, x_BLD in zip(blocks, hidden)]
+        outs = VirtualRanks(blocks[0].moe, len(parts), layers=[b.moe for b in blocks])(rows)
         hidden = [x_BLD + out.view_as(x_BLD) for x_BLD, out in zip(hidden, outs)]
-    return [model.head(model.norm(x_BLD)) for x_BLD in hidden]
+    return [one.head(one.norm(x_BLD)) for one, x_BLD in zip(copies, hidden)]
 
 
-IN_ORDER = {  # two ranks, for whose sums there is one order; and one process that sums so
-    "FSDP 2": (Layout(2), partial(InParts, parts=2)),
-    "EP 2": (Layout(2, 2), partial(InParts, parts=2, together=True)),
-}
+IN_ORDER = {"FSDP 2": Layout(2), "EP 2": Layout(2, 2)} | {n: LAYOUTS[n] for n in ("EP 4", "FSDP 4", "dp 2 x ep 2")}
+
+
+def in_order(config: TrainConfig, layout: Layout) -> Run:
+    """One process that sums as the ranks of a layout do: without `ep`, a micro-batch for each is all it takes."""
+    if layout.ep == 1:
+        return one_process(dataclasses.replace(config, accumulate=layout.ranks))
+    return one_process(config, make=partial(InOrder, layout=layout))
 
 
 class Run(NamedTuple):
@@ -143,15 +159,15 @@ def one_process(config: TrainConfig, threads: int = 1, make: Callable[..., Train
         torch.set_num_threads(before)
 
 
-def on_ranks(pool: RankPool, config: TrainConfig, layout: Layout) -> Run:
+def on_ranks(pool: RankPool, config: TrainConfig, layout: Layout, *, fixed_order: bool = False) -> Run:
     """On the ranks of a pool."""
     with tempfile.TemporaryDirectory() as out:
-        return pool.run(on_rank, config, Path(out), layout)[0]
+        return pool.run(on_rank, config, Path(out), layout, fixed_order=fixed_order)[0]
 
 
-def on_rank(config: TrainConfig, out: Path, layout: Layout) -> Run | None:
+def on_rank(config: TrainConfig, out: Path, layout: Layout, *, fixed_order: bool = False) -> Run | None:
     """One rank's part; the run, on the rank that leads."""
-    return _run(config, out, partial(DistributedTrainer, ep=layout.ep, sp=layout.sp))
+    return _run(config, out, partial(DistributedTrainer, ep=layout.ep, sp=layout.sp, fixed_order=fixed_order))
 
 
 def _run(config: TrainConfig, out: Path, make: Callable[..., Trainer]) -> Run | None:
@@ -199,7 +215,7 @@ def _sequences(config: TrainConfig, count: int) -> Tensor:
 
 
 class Curves(NamedTuple):
-    """The runs of one seed: with each number of threads, on each layout, and of both sides of `IN_ORDER`."""
+    """The runs of one seed: with each number of threads, on each layout, and in a fixed order on ranks and in one."""
 
     threads: dict[int, Run]
     layouts: dict[str, Run]
@@ -223,8 +239,8 @@ def curves(config: TrainConfig, pools: dict[int, RankPool]) -> Curves:
         {threads: one_process(config, threads) for threads in THREADS},
         {name: on_ranks(pools[layout.ranks], config, layout) for name, layout in LAYOUTS.items()},
         {
-            name: (on_ranks(pools[layout.ranks], config, layout), one_process(config, make=make))
-            for name, (layout, make) in IN_ORDER.items()
+            name: (on_ranks(pools[layout.ranks], config, layout, fixed_order=True), in_order(config, layout))
+            for name, layout in IN_ORDER.items()
         },
     )
 
@@ -252,18 +268,22 @@ def costs(config: TrainConfig = SHRUNK) -> dict[str, Any]:
     text_BL = _sequences(config, config.batch)
     short = dataclasses.replace(config, steps=30)
     footprints = {ONE: memory(config, Layout(1), [measure(config.model, text_BL, None)])}
-    seconds = {ONE: one_process(short).seconds}
+    seconds, fixed = {ONE: one_process(short).seconds}, {}
     with RankPool(2, backend="gloo", timeout=300) as two, RankPool(4, backend="gloo", timeout=300) as four:
+        pools = {2: two, 4: four}
         for name, layout in LAYOUTS.items():
-            pool = {2: two, 4: four}[layout.ranks]
+            pool = pools[layout.ranks]
             held = pool.run(measure, config.model, text_BL, layout.ep, layout.sp)
             footprints[name] = memory(config, layout, held)
             seconds[name] = on_ranks(pool, short, layout).seconds
+        for name, layout in IN_ORDER.items():
+            fixed[name] = on_ranks(pools[layout.ranks], short, layout, fixed_order=True).seconds
     return {
         "cores": os.cpu_count(),
         "load_average": os.getloadavg()[0],
         "bytes": footprints,
         "seconds_a_step": seconds,
+        "seconds_in_fixed_order": fixed,
     }
 
 

@@ -30,6 +30,7 @@ from moe_lab.jobs.evaluate import as_tensor, bits
 from moe_lab.layer.losses import switch_loss, transformers_loss, z_loss
 from moe_lab.layer.router import Routing
 from moe_lab.models.lm import SMALL, LMConfig, MoELM
+from moe_lab.parallel.sharding import clip_grad_norm
 from moe_lab.study.metrics import load_imbalance
 
 LOSSES = ("switch", "sequence", "global", "hf", "z")
@@ -253,7 +254,7 @@ class Trainer:
 
     def clip(self) -> Tensor:
         """The gradient's norm, which is then at most `config.clip`."""
-        return torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
+        return clip_grad_norm(self.model.parameters(), self.config.clip)
 
     def balance(self) -> Tensor:
         """Move the balancing biases; the step's assignments (L, E)."""
@@ -373,6 +374,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ep", type=int, default=1, help="ranks that share the experts, under torchrun")
     parser.add_argument("--sp", type=int, default=1, help="ranks that share each sequence, under torchrun")
     parser.add_argument("--checkpointing", action="store_true", help="run blocks again in backward, under torchrun")
+    parser.add_argument("--fixed-order", action="store_true", help="sum gradients in the order of ranks")
     parser.add_argument("--compile", action="store_true", help="compile the loss")
     parser.add_argument("--dtype", default=default.dtype, choices=tuple(DTYPES))
     for name in ("steps", "batch", "accumulate", "switch-parts", "warmup", "seed", "log-every", "save-every"):
@@ -410,11 +412,13 @@ def main(args: argparse.Namespace) -> None:
     if "RANK" in os.environ:
         from moe_lab.jobs.train_distributed import train_on_ranks
 
-        options = {"ep": args.ep, "sp": args.sp, "checkpointing": args.checkpointing, "resume": args.resume}
-        train_on_ranks(config, corpus, args.out, device=args.device, **options)
+        options = {name: getattr(args, name) for name in ("ep", "sp", "checkpointing", "fixed_order")}
+        train_on_ranks(config, corpus, args.out, device=args.device, resume=args.resume, **options)
         return
-    if args.ep != 1 or args.sp != 1 or args.checkpointing:
-        raise ValueError("ep, sp and checkpointing are for many ranks: start with torchrun -m moe_lab train")
+    if args.ep != 1 or args.sp != 1 or args.checkpointing or args.fixed_order:
+        raise ValueError(
+            "ep, sp, checkpointing and fixed_order are for many ranks: start with torchrun -m moe_lab train"
+        )
     trainer = train(config, corpus, args.out, device=args.device, resume=args.resume)
     trainer.model.save(args.out / "lm")
     # What is reported is what was saved: rounded weights, float32 arithmetic.

@@ -26,9 +26,10 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 from moe_lab.jobs.corpus_file import Corpus
 from moe_lab.jobs.train import DTYPES, Groups, Losses, Step, TrainConfig, Trainer, auxiliary_loss, train
 from moe_lab.models.lm import MoELM
+from moe_lab.parallel.ordered import gather
 from moe_lab.parallel.ranks import choose_backend
 from moe_lab.parallel.sequence import MeshShard
-from moe_lab.parallel.sharding import clip_grad_norm, make_mesh, shard_moe, update_biases
+from moe_lab.parallel.sharding import make_mesh, shard_moe, update_biases
 
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)  # by name, so that groups may differ between layouts
 
@@ -42,7 +43,15 @@ class DistributedTrainer(Trainer):
     checkpoint = "checkpoints"
 
     def __init__(
-        self, config: TrainConfig, corpus: Corpus, device: str, *, ep: int, sp: int = 1, checkpointing: bool = False
+        self,
+        config: TrainConfig,
+        corpus: Corpus,
+        device: str,
+        *,
+        ep: int,
+        sp: int = 1,
+        checkpointing: bool = False,
+        fixed_order: bool = False,
     ) -> None:
         self.size = dist.get_world_size()
         self.mesh = make_mesh(ep, sp, device=torch.device(device).type)
@@ -56,14 +65,14 @@ class DistributedTrainer(Trainer):
         for name, apart in (("sequence_coeff", config.sequence_coeff > 0), ("switch_parts", config.switch_parts > 1)):
             if apart and sp > 1:
                 raise ValueError(f"{name}={getattr(config, name)} is of whole sequences: sp={sp} must be 1")
-        self.checkpointing = checkpointing
+        self.options = {"checkpointing": checkpointing, "fixed_order": fixed_order}
         super().__init__(config, corpus, device)
         self.leads = dist.get_rank() == 0
 
     def spread(self, model: MoELM) -> MoELM:
         """Cut over the mesh."""
         dtype = None if self.config.dtype == "float32" else DTYPES[self.config.dtype]
-        shard_moe(model, self.mesh, dtype=dtype, checkpointing=self.checkpointing)
+        shard_moe(model, self.mesh, dtype=dtype, **self.options)
         return model
 
     def split(self, groups: Groups) -> Groups:
@@ -108,13 +117,8 @@ class DistributedTrainer(Trainer):
     def advance(self) -> Step:
         """One optimizer step of all ranks; its losses are means over them."""
         step = super().advance()
-        losses = torch.stack([*step.losses]) / self.size
-        dist.all_reduce(losses)
-        return step._replace(losses=Losses(*losses))
-
-    def clip(self) -> Tensor:
-        """The whole gradient's norm."""
-        return clip_grad_norm(self.model.parameters(), self.config.clip)
+        of_ranks = gather(torch.stack([*step.losses]))
+        return step._replace(losses=Losses(*(torch.stack(values).mean() for values in zip(*of_ranks))))
 
     def balance(self) -> Tensor:
         """By the counts of all ranks."""
@@ -173,12 +177,14 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optim
 
 
 def train_on_ranks(
-    config: TrainConfig, corpus: Corpus, out: Path, *, device: str, ep: int, sp: int, checkpointing: bool, resume: bool
+    config: TrainConfig, corpus: Corpus, out: Path, *, device: str, resume: bool, **options: Any
 ) -> None:
-    """One rank of `torchrun -m moe_lab train`: checkpoints and, from rank 0, log and progress in `out`."""
+    """One rank of `torchrun -m moe_lab train`: checkpoints and, from rank 0, log and progress in `out`.
+
+    `options`: of `DistributedTrainer`.
+    """
     with joined(device) as mine:
-        make = partial(DistributedTrainer, ep=ep, sp=sp, checkpointing=checkpointing)
-        train(config, corpus, out, device=mine, resume=resume, make=make)
+        train(config, corpus, out, device=mine, resume=resume, make=partial(DistributedTrainer, **options))
 
 
 @contextmanager

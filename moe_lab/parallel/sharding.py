@@ -22,6 +22,7 @@ from moe_lab.config import MoEConfig, check_int
 from moe_lab.layer.experts import GroupedExperts
 from moe_lab.layer.moe import MoE
 from moe_lab.layer.weight_cache import UNDER_FSDP
+from moe_lab.parallel.ordered import OrderedReduceScatter, gather
 from moe_lab.parallel.wire import compare_settings, wire, without_weights
 
 MESHES = (("dp", "ep"), ("dp", "sp", "ep"))
@@ -87,7 +88,12 @@ class ShardedExperts(nn.Module):
 
 
 def shard_moe(
-    model: nn.Module, mesh: DeviceMesh, *, dtype: torch.dtype | None = None, checkpointing: bool = False
+    model: nn.Module,
+    mesh: DeviceMesh,
+    *,
+    dtype: torch.dtype | None = None,
+    checkpointing: bool = False,
+    fixed_order: bool = False,
 ) -> nn.Module:
     """Spread `model`, built alike on every rank, over a (dp, ep) or (dp, sp, ep) mesh, in place, before an optimizer.
 
@@ -95,6 +101,7 @@ def shard_moe(
     are cut over all ranks; expert weights Shard(0) over `ep`, then by `expert_dim` over `dp` and `sp`. Gradients are
     those of the mean loss over all ranks. `dtype`: weights but the gates' are rounded to it in forward and backward;
     gradients are reduced in float32. `checkpointing`: those units keep only their input and run again in backward.
+    `fixed_order`: gradients are summed in the order of ranks, which backends choose otherwise.
 
     Raises the same `ValueError` on every rank for a mesh or a layer that does not fit, or settings that differ.
     """
@@ -102,7 +109,8 @@ def shard_moe(
         raise ValueError(f"mesh has dimensions {mesh.mesh_dim_names}: must have {' or '.join(map(str, MESHES))}")
     beside, ep, everyone = replicas(mesh), mesh["ep"].size(), mesh._flatten("all")
     dp = beside.size()
-    compare_settings({"dtype": dtype, "checkpointing": checkpointing}, everyone.get_group())
+    settings = {"dtype": dtype, "checkpointing": checkpointing, "fixed_order": fixed_order}
+    compare_settings(settings, everyone.get_group())
     for moe in moe_layers(model):
         check_layout(moe.config, dp, ep)
     low = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=None if dtype is None else torch.float32)
@@ -132,6 +140,8 @@ def shard_moe(
             module.set_force_sum_reduction_for_comms(ranks > 1)  # gloo has no mean; one rank would divide twice
             # The sum over its replicas of an expert's gradients holds those of all ranks' tokens already.
             module.set_gradient_divide_factor(float(dp * ep))
+            if fixed_order:
+                module.set_custom_reduce_scatter(OrderedReduceScatter())  # type: ignore[arg-type]
     return model
 
 
@@ -167,11 +177,15 @@ def update_biases(model: nn.Module, mesh: DeviceMesh) -> Tensor:
 
 @torch.no_grad()
 def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
-    """As `torch.nn.utils.clip_grad_norm_`, over weights that are cut over all ranks without a copy: the whole norm."""
-    grads = [grad.to_local() for p in parameters if isinstance(grad := p.grad, DTensor)]
+    """As `torch.nn.utils.clip_grad_norm_`: the whole norm, over weights here or cut over all ranks without a copy.
+
+    Summed in float64 and rounded once, so that no layout changes it but by chance.
+    """
+    grads = [p.grad for p in parameters if p.grad is not None]
+    cut = any(isinstance(grad, DTensor) for grad in grads)
+    grads = [grad.to_local() if isinstance(grad, DTensor) else grad for grad in grads]
     total = torch.stack([grad.double().square().sum() for grad in grads]).sum()
-    dist.all_reduce(total)
-    norm = total.sqrt().float()
+    norm = (torch.stack(gather(total)).sum() if cut else total).sqrt().float()
     scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
     for grad in grads:
         grad.mul_(scale)

@@ -124,13 +124,22 @@ class VirtualRanks:
     """A one-rank layer run as `ep` ranks that each bring their own tokens.
 
     Weights stay where they are: each rank's experts are slices of the layer's own, so that gradients land in the
-    layer's parameters, summed over ranks. `placement` and `tokens_per_rank` as for `AllToAllTokenDispatcher`.
+    layer's parameters, summed over ranks. `layers`: a copy of the layer for each rank, whose router and shared
+    experts are that rank's, so that their gradients stay apart. `placement` and `tokens_per_rank` as for
+    `AllToAllTokenDispatcher`.
     """
 
     def __init__(
-        self, moe: MoE, ep: int, *, placement: Placement | None = None, tokens_per_rank: int | None = None
+        self,
+        moe: MoE,
+        ep: int,
+        *,
+        layers: Sequence[MoE] | None = None,
+        placement: Placement | None = None,
+        tokens_per_rank: int | None = None,
     ) -> None:
         self.moe, self.ep = moe, ep
+        self.layers = layers or [moe] * ep
         self.mesh = VirtualMesh(ep)
         self.dispatchers = [
             AllToAllTokenDispatcher(moe.config, exchange, placement=placement, tokens_per_rank=tokens_per_rank)
@@ -149,7 +158,7 @@ class VirtualRanks:
         """
         self._check(xs)
         moe = self.moe
-        routings = [moe.router(x_TD, moe.expert_bias_E) for x_TD in xs]
+        routings = [layer.router(x_TD, moe.expert_bias_E) for layer, x_TD in zip(self.layers, xs)]
         if moe.training:
             moe.tokens_per_expert_E += sum(routing.counts_E for routing in routings)
         if moe.config.capacity_factor is not None:
@@ -174,8 +183,8 @@ class VirtualRanks:
         self, rows: Sequence[Tensor], routings: Sequence[Routing], xs: Sequence[Tensor] | None = None
     ) -> list[Tensor]:
         """Expert outputs back to their tokens; with `xs`, the shared experts of those inputs, if any, are added."""
-        experts = self.moe.shared_experts
-        shared = [None if xs is None or experts is None else partial(experts, xs[rank]) for rank in range(self.ep)]
+        experts = [layer.shared_experts for layer in self.layers]
+        shared = [None if xs is None or e is None else partial(e, xs[rank]) for rank, e in enumerate(experts)]
         programs = zip(self.dispatchers, rows, routings, self.plans, shared)
         outs = lock_step([d.combining(rows_RD, r, plan, s) for d, rows_RD, r, plan, s in programs])
         self.mesh.reset()

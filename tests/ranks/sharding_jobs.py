@@ -7,6 +7,7 @@ from torch.distributed.tensor import DTensor
 
 from moe_lab import MoE, fastpaths
 from moe_lab.models.lm import LMConfig, MoELM
+from moe_lab.parallel.ordered import OrderedReduceScatter, reduce_scatter
 from moe_lab.parallel.sequence import MeshShard
 from moe_lab.parallel.sharding import (
     ShardedExperts,
@@ -129,6 +130,15 @@ def clipped(config: LMConfig, ep, max_norm):
     loss_of(model, batch(config).chunk(dist.get_world_size())[dist.get_rank()]).backward()
     norm = clip_grad_norm(model.parameters(), max_norm).item()
     return norm, {name: whole(p.grad) for name, p in model.named_parameters()}
+
+
+def summed_in_order():
+    """This rank's element of a sum that float32 rounds to other numbers in other orders; the same as FSDP asks."""
+    mine = [1e8, 1.0, -1e8, 2.0][dist.get_rank()]
+    x_R1 = torch.full((dist.get_world_size(), 1), mine)
+    out_1 = torch.empty(1)
+    OrderedReduceScatter()(output_tensor=out_1, input_tensor=x_R1.flatten(), group=dist.group.WORLD, op=None)
+    return reduce_scatter(x_R1, dist.group.WORLD).item(), out_1.item()
 
 
 def layer_alone(config, ep):

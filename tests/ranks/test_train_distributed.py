@@ -93,6 +93,19 @@ def test_other_shares_are_the_run_of_one_process_too(pool, corpus, tmp_path, cha
             assert torch.equal(got[name], bias_E)
 
 
+def test_ranks_in_a_fixed_order_are_one_process_with_a_micro_batch_each_to_the_bit(one_thread, pool, corpus, tmp_path):
+    """Log, weights, biases and moments after six steps, auxiliary losses and the norm of the gradient among them.
+
+    64 channels: fused AdamW on a CPU rounds otherwise what is left over of vectors of eight, or sixteen.
+    """
+    model = dataclasses.replace(TINY, moe=TINY.moe.replace(dim=64))
+    config = dataclasses.replace(CONFIG, model=model, switch_coeff=0.1, z_coeff=0.1)
+    got = pool.run(jobs.run, config, corpus, tmp_path / "ranks", 1, fixed_order=True)[0]
+    one = train(dataclasses.replace(config, accumulate=4), corpus, tmp_path / "one")
+    same(got, jobs.state(one))
+    assert log(tmp_path / "ranks") == log(tmp_path / "one")
+
+
 @pytest.mark.parametrize(("ep", "sp"), [(1, 1), (4, 1), (2, 2)])
 def test_a_checkpoint_loads_on_another_layout_to_the_bit(pool, corpus, unbroken, ep, sp):
     same(pool.run(jobs.loaded, CONFIG, corpus, unbroken[0] / "checkpoints", ep, sp)[0], unbroken[1])

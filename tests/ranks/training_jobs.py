@@ -23,8 +23,9 @@ def state(trainer):
     return found
 
 
-def run(config, corpus, out, ep, sp=1, **options):
-    trainer = train(config, corpus, Path(out), make=partial(DistributedTrainer, ep=ep, sp=sp), **options)
+def run(config, corpus, out, ep, sp=1, fixed_order=False, **options):
+    make = partial(DistributedTrainer, ep=ep, sp=sp, fixed_order=fixed_order)
+    trainer = train(config, corpus, Path(out), make=make, **options)
     found = state(trainer)
     return found if dist.get_rank() == 0 else None
 
