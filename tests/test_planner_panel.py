@@ -41,6 +41,16 @@ def test_the_mean_needs_less_than_the_tail(panel):
     assert 1 < tail("balanced", 8, 256) < 8
 
 
+def test_sequences_may_be_cut_over_ranks(panel):
+    panel.model.value, panel.ranks.value, panel.ep.value, panel.sequences.value = next(iter(MODELS)), 8, 4, 4
+    panel.load.value, panel.sp.value = "mean", 2
+    assert panel.shown == plan(SMALL, Layout(8, 4, 2), 4 * 512)
+    assert panel.text().startswith("shipped, 11.5 M · 8 ranks, EP 4, sp 2 · 4 x 512 tokens a rank")
+    panel.sp.value = 4
+    assert "sp=4 must divide the 2 ranks beside ep=4" in panel.error
+    panel.sp.value = 1
+
+
 def test_what_cannot_be_is_said_in_the_panel(panel):
     panel.load.value = "mean"
     panel.ranks.value, panel.ep.value = 4, 8

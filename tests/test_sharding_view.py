@@ -39,13 +39,15 @@ def test_ranks_in_a_fixed_order_have_one_process_s_bits_in_the_file(result):
 
 
 def test_bars_stand_on_each_other_up_to_what_is_held(result):
-    (axes,) = memory(result).axes
+    axes, times = memory(result).axes
     names = list(result["bytes"])
     found = result["bytes"][names[1]]["counted"]
     held = sum(found[term] for term in ("parameters", "gradients", "optimizer", "activations", "gathered"))
     tops = [bar.get_y() + bar.get_height() for bar in axes.patches if bar.get_x() == pytest.approx(1 + 0.2 - 0.18)]
     assert max(tops) == pytest.approx(held / 2**20)
     assert axes.lines[len(names) + 1].get_ydata()[0] == pytest.approx(found["peak"] / 2**20)
+    assert [bar.get_height() for bar in times.patches] == [1e3 * result["seconds_a_step"][name] for name in names]
+    assert [label.get_text() for label in times.get_xticklabels()] == names
 
 
 def test_plans_in_the_file_are_what_was_counted(result):

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from moe_lab.view import theme
 from moe_lab.view.pictures import heading, inset
 from moe_lab.view.text import table
-from moe_lab.view.theme import CHANCE, INK, MUTED, SERIES, WIDTH
+from moe_lab.view.theme import CHANCE, INK, MUTED, SERIES, WIDTH, WITHIN
 
 ONE = "1 process"
 HELD = ("parameters", "gradients", "optimizer", "activations", "gathered")  # receive is below a line's width
@@ -55,14 +55,14 @@ def differences(result: dict[str, Any]) -> Figure:
 
 
 def memory(result: dict[str, Any]) -> Figure:
-    """What the fullest rank holds by layout: planned beforehand and counted, term on term.
+    """What the fullest rank holds by layout: planned beforehand and counted, term on term; below, time of a step.
 
     A line is the most at once.
     """
     layouts = result["bytes"]
     with theme.style():
-        drawn = theme.figure(WIDTH, 300)
-        axes = inset(drawn, left=44, right=130, bottom=40, top=44)
+        drawn = theme.figure(WIDTH, 420)
+        axes = inset(drawn, left=44, right=130, bottom=170, top=44)
         heading(
             axes,
             "Memory of the fullest rank",
@@ -82,6 +82,13 @@ def memory(result: dict[str, Any]) -> Figure:
         axes.set_xticks(range(len(layouts)), list(layouts))
         axes.set_ylabel("MiB")
         axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+        below = inset(drawn, left=44, right=130, bottom=28, top=316)
+        heading(below, "Time of a step", f"ms · median · gloo ranks that share {result['cores']} cores")
+        ms = [1e3 * result["seconds_a_step"][name] for name in layouts]
+        bars = below.bar(range(len(ms)), ms, 0.76, color=WITHIN)
+        below.bar_label(bars, [f"{one:.0f}" for one in ms], padding=1, color=INK)
+        below.set_xticks(range(len(layouts)), list(layouts))
+        below.set(xlim=axes.get_xlim(), ylim=(0, 1.15 * max(ms)))
     return drawn
 
 
