@@ -107,6 +107,15 @@ def placements(config: LMConfig, ep, sp=1):
     }
 
 
+def weights_in_use(config: LMConfig, ep, rounded):
+    """Dtypes of a gate's and of a dense weight while the model runs."""
+    model = shard_moe(build(config), make_mesh(ep), dtype=rounded)
+    gate, dense, seen = model.blocks[0].moe.router.gate, model.blocks[0].attention.qkv, []
+    model.blocks[0].moe.router.register_forward_hook(lambda *args: seen.extend([gate.weight.dtype, dense.weight.dtype]))
+    model(batch(config)[:, :-1])
+    return seen
+
+
 def without_sequences(config: LMConfig, ep):
     """The same gradients over a mesh (dp, ep) of the caller's."""
     model = build(config)

@@ -104,6 +104,12 @@ def test_bfloat16_is_no_further_from_float32_than_in_one_process(pool, ep):
     got = pool.run(jobs.sharded, forced, ep, rounded=torch.bfloat16)[0][1]
     for name, grad in exact.items():
         assert (got[name] - grad).norm() <= 2 * (low[name] - grad).norm(), name
+    summed = got["blocks.0.attention.qkv.weight"]
+    assert not torch.equal(summed, summed.bfloat16().float())  # over ranks in float32
+
+
+def test_gates_are_not_rounded(pool):
+    assert pool.run(jobs.weights_in_use, TINY, 2, torch.bfloat16) == [[torch.float32, torch.bfloat16]] * 4
 
 
 def test_replicated_nowhere_and_uneven_rows_are_whole(pool):
