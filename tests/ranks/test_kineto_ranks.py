@@ -37,7 +37,7 @@ def test_shared_experts_take_the_wait_for_combine_off_a_sharded_layer_forward_an
     """Shared experts that go on until rows have landed leave nothing to wait for, where they run beside the exchange.
 
     By the stamps that is exact. The trace also shows what lies between the post and the first operator, far less than
-    the 0.3 s that rank 0 waits for rank 1 otherwise.
+    the 0.3 s that rank 0 waits for rank 1 otherwise; rank 1 comes last, and its rows may be there before it computes.
     """
     stamped, traced = {}, {}
     for overlap in (False, True):
@@ -51,9 +51,8 @@ def test_shared_experts_take_the_wait_for_combine_off_a_sharded_layer_forward_an
             assert (waited.hidden, beside.exposed) == (0, 0)
         waited, beside = (by_exchange(traced[overlap])[name] for overlap in (False, True))
         assert [part.hidden for part in waited] == [0, 0]
-        assert min(part.hidden for part in beside) > 0
         assert beside[0].exposed < waited[0].exposed
-        for steps in traced[True]:
-            flight = next(flight for flight in steps.flights if flight.name == name)
-            work = [span for span in steps.spans if flight.arrival < span.start < flight.end]
-            assert max(span.end for span in work) >= flight.end, "shared experts outlast the exchange"
+        first = traced[True][0]
+        flight = next(flight for flight in first.flights if flight.name == name)
+        work = [span for span in first.spans if flight.arrival < span.start < flight.end]
+        assert max(span.end for span in work) >= flight.end, "shared experts outlast the exchange"
