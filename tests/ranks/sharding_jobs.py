@@ -111,7 +111,8 @@ def weights_in_use(config: LMConfig, ep, rounded):
     """Dtypes of a gate's and of a dense weight while the model runs."""
     model = shard_moe(build(config), make_mesh(ep), dtype=rounded)
     gate, dense, seen = model.blocks[0].moe.router.gate, model.blocks[0].attention.qkv, []
-    model.blocks[0].moe.router.register_forward_hook(lambda *args: seen.extend([gate.weight.dtype, dense.weight.dtype]))
+    router = model.blocks[0].moe.router
+    router.register_forward_pre_hook(lambda *args: seen.extend([gate.weight.dtype, dense.weight.dtype]))  # once whole
     model(batch(config)[:, :-1])
     return seen
 
