@@ -17,6 +17,7 @@ def inputs():
     return make_inputs(MoEConfig(dim=32, hidden_dim=16, num_experts=4, top_k=2), 12, CPU, torch.float32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", contests.FIELDS)
 def test_arms_compute_the_same_and_give_gradients(inputs, what):
     contest = hold(what, inputs)

@@ -51,6 +51,7 @@ def loop(ids_TK):
     return forward
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("shape", "anchored"),
     [
@@ -101,6 +102,7 @@ def test_dropped_assignments_and_unused_experts_get_nothing():
 OPCHECKS = ("test_schema", "test_autograd_registration", "test_faketensor")
 
 
+@pytest.mark.slow
 def test_the_gradient_of_the_up_product_is_gone_when_that_of_w1_is_made(monkeypatch):
     monkeypatch.setattr(fused, "ANCHORED", 8)
     (x, gates, w1, w2, w3), ids_TK, grad = leaves(2, 1, 2, 8, 8)

@@ -68,6 +68,7 @@ def drawings(trace, measured, comparison):
     }
 
 
+@pytest.mark.slow
 def test_every_figure_has_a_title_fits_a_notebook_and_is_valid_png(trace, measured, comparison):
     for name, drawn in drawings(trace, measured, comparison).items():
         png = theme.png(drawn)
