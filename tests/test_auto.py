@@ -9,6 +9,13 @@ SMALL = Case("cpu", "float32", False, 4.0, 64, 64, 8)
 LARGE = SMALL._replace(rows=400.0)
 
 
+@pytest.fixture(autouse=True)
+def _forget_the_table():
+    auto.forget_table()
+    yield
+    auto.forget_table()
+
+
 @pytest.fixture
 def table(monkeypatch):
     small = {"batched": 4.0, "buffered": 3.0, "padded": 1.0, "loop": 2.0}

@@ -11,8 +11,9 @@ CASE = Case("cpu", "float32", False, 4.0, 16, 16, 4)
 
 @pytest.fixture(autouse=True)
 def forget_the_table():
+    auto.forget_table()
     yield
-    auto.table.cache_clear()
+    auto.forget_table()
 
 
 def test_regret_by_hand(monkeypatch):
@@ -27,7 +28,9 @@ def test_the_command_writes_its_device_and_keeps_the_others(monkeypatch, tmp_pat
     path = tmp_path / "table.json"
     other = {"case": CASE._replace(device="cuda")._asdict(), "ms": {"loop": 1.0}, "on": "a GPU"}
     path.write_text(json.dumps([other]))
-    assert auto_table.main(["--rounds", "1", "--out", str(path)]) == 0
+    monkeypatch.setattr(auto, "TABLE", path)
+    held_out = tmp_path / "held_out.json"
+    assert auto_table.main(["--rounds", "1", "--held-out", str(held_out)]) == 0
     kept, *new = json.loads(path.read_text())
     assert kept == other
     assert [(r["case"]["dtype"], r["case"]["grad"], sorted(r["ms"])) for r in new] == [
@@ -36,6 +39,7 @@ def test_the_command_writes_its_device_and_keeps_the_others(monkeypatch, tmp_pat
         ("bfloat16", False, ["batched", "buffered", "grouped", "loop", "padded"]),
         ("bfloat16", True, ["buffered", "grouped", "loop", "padded"]),
     ]
+    assert [row["case"]["rows"] for row in json.loads(held_out.read_text())] == [6.0] * 4
     assert "4 held-out cases: regret mean" in capsys.readouterr().out
 
 

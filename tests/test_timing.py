@@ -43,7 +43,7 @@ def test_the_environment_names_device_and_versions():
     facts = timing.environment(CPU)
     assert facts["torch"] == torch.__version__
     assert "CPU" in facts["device"]
-    assert facts.keys() == {"date", "python", "torch", "device"}
+    assert facts.keys() == {"date", "python", "torch", "device", "cpu"}
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -1,11 +1,11 @@
 """Make the table that `backend="auto"` reads, and say what choosing by it costs on shapes that it does not hold.
 
-    python -m moe_lab.jobs.auto_table --device cpu
+    python -m moe_lab.jobs.auto_table --device cpu --held-out docs/results/auto_held_out.json
     python -m moe_lab.jobs.auto_table --device cpu --check     # only the regret of the table in use
 
 Every legal backend runs the routed part of a layer (dispatch, experts, combine) on seeded, skewed routing, all in turn;
 `batched` on the same number of rows spread evenly, without gradients. Regret is how much longer the chosen backend
-takes than the fastest legal one of the same run.
+takes than the fastest legal one of the same run. `--held-out` keeps these times, for both devices in one file.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from moe_lab.config import MoEConfig
 from moe_lab.jobs.bench_inputs import Inputs, make_inputs
@@ -28,17 +29,19 @@ from moe_lab.layer import auto
 from moe_lab.layer.auto import Case
 from moe_lab.study import timing
 
+Sizes = tuple[int, int, int, int]
 TOP_K = 2
+BLOCK_MS = 15.0
 BACKENDS = {"cpu": ("loop", "padded", "grouped", "buffered"), "cuda": ("loop", "padded", "grouped", "fused")}
 DTYPES = {"cpu": ("float32", "bfloat16"), "cuda": ("bfloat16", "float32")}
 # (rows of a mean expert, D, F, E): measured for the table, and held out of it.
 GRID = {
     "cpu": [
-        *product((4, 32, 170), (64,), (64,), (8, 36)),
-        *product((4, 32, 170), (256,), (176,), (8, 36)),
-        *product((32, 170), (512,), (128, 352), (16, 64)),
+        *product((4, 16, 64, 256), (64,), (64,), (8, 36)),
+        *product((4, 16, 64, 256), (256,), (176,), (8, 36)),
+        *product((16, 64, 256), (512,), (128, 352), (16, 64)),
     ],
-    "cuda": [*product((16, 128, 1024), (256, 1024, 2048), (256, 1024), (8, 64))],
+    "cuda": [*product((16, 64, 256, 1024), (256, 1024, 2048), (256, 1024), (8, 64))],
 }
 HELD_OUT = {
     "cpu": [(12, 96, 96, 16), (64, 128, 64, 12), (100, 384, 256, 24), (20, 192, 128, 48), (300, 320, 160, 32)],
@@ -68,7 +71,8 @@ def measure(case: Case, rounds: int) -> dict[str, float]:
         arms["batched"] = ours(even, "batched"), even
     runs = {name: _run(arm, given, case.grad) for name, (arm, given) in arms.items()}
     times = {
-        name: timing.medians(read) for name, read in timing.interleave(runs, device, rounds=rounds, block_ms=10).items()
+        name: timing.medians(read)
+        for name, read in timing.interleave(runs, device, rounds=rounds, block_ms=BLOCK_MS).items()
     }
     return {name: float(f"{statistics.median(read):.4g}") for name, read in times.items()}
 
@@ -86,7 +90,7 @@ def _run(arm: Arm, inputs: Inputs, grad: bool) -> Callable[[], object]:
     return both if grad else torch.no_grad()(forward)
 
 
-def cases(device: str, shapes: list[tuple[int, int, int, int]]) -> Iterator[Case]:
+def cases(device: str, shapes: list[Sizes]) -> Iterator[Case]:
     """Every shape in every dtype, with and without gradients."""
     for dtype, grad, (rows, *sizes) in product(DTYPES[device], (False, True), shapes):
         yield Case(device, dtype, grad, float(rows), *sizes)
@@ -100,27 +104,36 @@ def regrets(measured: list[tuple[Case, dict[str, float]]]) -> Iterator[tuple[Cas
         yield case, choice, legal[choice] / min(legal.values()) - 1
 
 
-def _write(path: Path, device: str, name: str, rounds: int) -> None:
+def measured(device: str, shapes: list[Sizes], rounds: int) -> list[tuple[Case, dict[str, float]]]:
+    """The times of every case of some shapes."""
+    return [(case, measure(case, rounds)) for case in tqdm(list(cases(device, shapes)), unit="case")]
+
+
+def write(path: Path, device: str, name: str, rows: list[tuple[Case, dict[str, float]]]) -> None:
+    """Put a device's rows in a table in place of those it had; other devices' rows stay."""
     stored: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []
-    rows = [row for row in stored if row["case"]["device"] != device]
-    rows += [{"case": c._asdict(), "ms": measure(c, rounds), "on": name} for c in cases(device, GRID[device])]
-    path.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
-    auto.table.cache_clear()
+    kept = [row for row in stored if row["case"]["device"] != device]
+    kept += [{"case": case._asdict(), "ms": ms, "on": name} for case, ms in rows]
+    path.write_text("[\n" + ",\n".join(json.dumps(row) for row in kept) + "\n]\n")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Measure, write the device's part of the table, and print the regret; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m moe_lab.jobs.auto_table", description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=list(GRID), default="cpu")
-    parser.add_argument("--rounds", type=int, default=5, help="rounds that every backend runs in turn (default 5)")
-    parser.add_argument("--out", type=Path, default=auto.TABLE, help="the table to change (default: the one in use)")
-    parser.add_argument("--check", action="store_true", help="change nothing: only measure the held-out shapes")
+    parser.add_argument("--rounds", type=int, default=7, help="rounds that every backend runs in turn (default 7)")
+    parser.add_argument("--check", action="store_true", help="change no table: only measure the held-out shapes")
+    parser.add_argument("--held-out", type=Path, help="a file for the times of the held-out shapes")
     args = parser.parse_args(argv)
     environment = timing.environment(torch.device(args.device))
     if not args.check:
-        _write(args.out, args.device, environment["device"], args.rounds)
-    found = list(regrets([(case, measure(case, args.rounds)) for case in cases(args.device, HELD_OUT[args.device])]))
+        write(auto.TABLE, args.device, environment["device"], measured(args.device, GRID[args.device], args.rounds))
+        auto.forget_table()
+    times = measured(args.device, HELD_OUT[args.device], args.rounds)
+    if args.held_out:
+        write(args.held_out, args.device, environment["device"], times)
     print("  ".join(f"{name} {fact}" for name, fact in environment.items()))
+    found = list(regrets(times))
     for case, choice, regret in found:
         print(f"{tuple(case)!s:70} {choice:10} {regret:6.1%}")
     values = [regret for *_, regret in found]

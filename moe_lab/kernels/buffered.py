@@ -109,16 +109,17 @@ def buffered_forward(
     w1_DF, w2_FD, w3_DF = (w.mT.unbind() for w in (w1_EFD, w2_EDF, w3_EFD))
 
     def work(mine: Iterator[Segment]) -> None:
-        x_CD, y_CD, gate_CF, up_CF = _buffers(x_TD, segments, dim, dim, hidden_dim, hidden_dim)
+        row_CD, gate_CF, up_CF = _buffers(x_TD, segments, dim, hidden_dim, hidden_dim)
         for expert, start, end in mine:
             rows = _filled(end - start, x_TD.dtype)  # filled up with any rows: what comes of them is not read
-            x = torch.index_select(x_TD, 0, token_P[start : start + rows], out=x_CD[:rows])
+            y = y_RD[start:end]
+            x = torch.index_select(x_TD, 0, token_P[start : start + rows], out=_place(y, row_CD[:rows]))
             gate = torch.mm(x, w1_DF[expert], out=gate_CF[:rows])
             up = torch.mm(x, w3_DF[expert], out=up_CF[:rows])
             if save:
                 gate_SF[start:end], up_SF[start:end] = gate[: end - start], up[: end - start]
             hidden = aten.silu.out(gate, out=gate).mul_(up)
-            _product(hidden, w2_FD[expert], y_RD[start:end], y_CD)
+            _put(torch.mm(hidden, w2_FD[expert], out=x), y)
 
     _for_each(segments, work)
     return sum_bags(y_RD, positions(order_R, gates_TK), gates_TK).to(x_TD.dtype), gate_SF, up_SF
@@ -149,10 +150,11 @@ def buffered_backward(
     dx_RD = rows_and_zeros(x_TD, num_rows)
 
     def work(mine: Iterator[Segment]) -> None:
-        x_CD, dy_CD, dx_CD = _buffers(x_TD, segments, *[dim] * 3)
-        gate_CF, up_CF, silu_CF, hidden_CF, dhidden_CF, dup_CF = _buffers(x_TD, segments, *[hidden_dim] * 6)
+        x_CD, row_CD = _buffers(x_TD, segments, *[dim] * 2)
+        gate_CF, up_CF, silu_CF, hidden_CF, dhidden_CF = _buffers(x_TD, segments, *[hidden_dim] * 5)
         for expert, start, end in mine:
-            x, dy = _gathered(x_TD, token_R[start:end], x_CD), _gathered(grad_TD, token_R[start:end], dy_CD)
+            x = _gathered(x_TD, token_R[start:end], x_CD)
+            dy = _gathered(grad_TD, token_R[start:end], _place(dx_RD[start:end], row_CD))
             gate, up = _copied(gate_RF[start:end], gate_CF), _copied(up_RF[start:end], up_CF)
             count, filled = end - start, slice(len(x))
             silu = aten.silu.out(gate, out=silu_CF[filled])
@@ -162,11 +164,11 @@ def buffered_backward(
             hidden[:count].mul_(weight_R1[start:end])
             torch.mm(dy.T, hidden, out=dw2_EDF[expert])
             dhidden[:count].mul_(weight_R1[start:end])
-            dup = torch.mul(dhidden, silu, out=dup_CF[filled])
+            dup = torch.mul(dhidden, silu, out=hidden)
             dgate = aten.silu_backward.grad_input(dhidden.mul_(up), gate, grad_input=silu)
             torch.mm(dgate.T, x, out=dw1_EFD[expert])
             torch.mm(dup.T, x, out=dw3_EFD[expert])
-            _product(dgate, w1_EFD[expert], dx_RD[start:end], dx_CD, (dup, w3_EFD[expert]))
+            _put(torch.mm(dgate, w1_EFD[expert], out=dy).addmm_(dup, w3_EFD[expert]), dx_RD[start:end])
 
     _for_each(segments, work)
     grad_gates_TK = gates_TK.new_zeros(gates_TK.shape)
@@ -175,14 +177,15 @@ def buffered_backward(
     return dx_TD, grad_gates_TK, dw1_EFD, dw2_EDF, dw3_EFD
 
 
-def _product(a: Tensor, b: Tensor, out: Tensor, buffer: Tensor, more: tuple[Tensor, Tensor] | None = None) -> None:
-    """Out = a b, plus the product of `more`; by way of the buffer where out is of another dtype or has fewer rows."""
-    straight = out.dtype == a.dtype
-    product = torch.mm(a, b, out=out if straight else buffer[: len(a)])
-    if more is not None:
-        product.addmm_(*more)
-    if not straight:
-        out.copy_(product[: len(out)])
+def _place(out: Tensor, buffer: Tensor) -> Tensor:
+    """Where an expert's rows lie, before its products and after: in the output itself, if that is of their dtype."""
+    return out if out.dtype == buffer.dtype else buffer
+
+
+def _put(rows: Tensor, out: Tensor) -> None:
+    """Out = rows, unless they lie there, without those that fill up."""
+    if rows.dtype != out.dtype:
+        out.copy_(rows[: len(out)])
 
 
 def _tokens(order_R: Tensor, gates_TK: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -85,7 +85,8 @@ def choose(case: Case, counts_E: Tensor | None = None, *, plain: bool) -> Choice
     return Choice("loop", times, refused)
 
 
-def relative_times(case: Case) -> dict[str, float]:
+@lru_cache(1024)  # looking through the table takes as long as a small product
+def relative_times(case: Case) -> Mapping[str, float]:
     """Each backend's time over the fastest one's: a geometric mean of the two nearest cases, by inverse distance.
 
     Two, because of 1 to 8 they had the least regret where each case of the table was chosen by the others.
@@ -124,3 +125,9 @@ def table() -> list[tuple[Case, dict[str, float]]]:
     """Measured cases, each with milliseconds by backend."""
     stored: list[dict[str, Any]] = json.loads(TABLE.read_text()) if TABLE.exists() else []
     return [(Case(**row["case"]), row["ms"]) for row in stored]
+
+
+def forget_table() -> None:
+    """Read the table again at the next choice."""
+    table.cache_clear()
+    relative_times.cache_clear()

@@ -13,6 +13,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -146,5 +147,16 @@ def environment(device: torch.device) -> dict[str, str]:
         facts |= {"device": torch.cuda.get_device_name(device), "cuda": str(torch.version.cuda)}
         facts["triton"] = triton.__version__
     else:
-        facts["device"] = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+        facts |= {"device": f"{platform.machine()} CPU, {torch.get_num_threads()} threads", "cpu": _cpu_name()}
     return facts
+
+
+def _cpu_name() -> str:
+    """The processor, with family and model where Linux tells them: in a virtual machine its name may be short."""
+    info = Path("/proc/cpuinfo")
+    if not info.exists():
+        return platform.processor() or platform.machine()
+    lines = (line.partition(":") for line in info.read_text().partition("\n\n")[0].splitlines())
+    facts = {name.strip(): fact.strip() for name, _, fact in lines}
+    parts = [f"{name.split()[-1]} {facts[name]}" for name in ("cpu family", "model") if name in facts]
+    return ", ".join([facts.get("model name", platform.machine()), *parts])
