@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -96,7 +96,7 @@ def cases(device: str, shapes: list[Sizes]) -> Iterator[Case]:
         yield Case(device, dtype, grad, float(rows), *sizes)
 
 
-def regrets(measured: list[tuple[Case, dict[str, float]]]) -> Iterator[tuple[Case, str, float]]:
+def regrets(measured: Sequence[tuple[Case, dict[str, float]]]) -> Iterator[tuple[Case, str, float]]:
     """What `auto` chooses of skewed routing for measured cases, and its time over that of the fastest, less 1."""
     for case, times in measured:
         choice = auto.choose(case, plain=True).backend

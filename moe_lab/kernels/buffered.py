@@ -150,25 +150,27 @@ def buffered_backward(
     dx_RD = rows_and_zeros(x_TD, num_rows)
 
     def work(mine: Iterator[Segment]) -> None:
-        x_CD, row_CD = _buffers(x_TD, segments, *[dim] * 2)
-        gate_CF, up_CF, silu_CF, hidden_CF, dhidden_CF = _buffers(x_TD, segments, *[hidden_dim] * 5)
+        row_CD, *buffers = _buffers(x_TD, segments, dim, *[hidden_dim] * 5)
+        gate_CF, up_CF, silu_CF, hidden_CF, dhidden_CF = buffers
         for expert, start, end in mine:
-            x = _gathered(x_TD, token_R[start:end], x_CD)
-            dy = _gathered(grad_TD, token_R[start:end], _place(dx_RD[start:end], row_CD))
+            tokens, weight, rows = token_R[start:end], weight_R1[start:end], _place(dx_RD[start:end], row_CD)
+            dy = _gathered(grad_TD, tokens, rows)
             gate, up = _copied(gate_RF[start:end], gate_CF), _copied(up_RF[start:end], up_CF)
-            count, filled = end - start, slice(len(x))
+            count, filled = end - start, slice(len(dy))
             silu = aten.silu.out(gate, out=silu_CF[filled])
             hidden = torch.mul(silu, up, out=hidden_CF[filled])
             dhidden = torch.mm(dy, w2_EDF[expert], out=dhidden_CF[filled])  # before the gate's weight
-            grad_gate_R[start:end] = (hidden * dhidden)[:count].sum(1, dtype=wide(x_TD.dtype))
-            hidden[:count].mul_(weight_R1[start:end])
+            hidden[:count].mul_(weight)
             torch.mm(dy.T, hidden, out=dw2_EDF[expert])
-            dhidden[:count].mul_(weight_R1[start:end])
+            products = torch.mul(silu, up, out=hidden).mul_(dhidden)
+            grad_gate_R[start:end] = products[:count].sum(1, dtype=wide(x_TD.dtype))
+            dhidden[:count].mul_(weight)
             dup = torch.mul(dhidden, silu, out=hidden)
             dgate = aten.silu_backward.grad_input(dhidden.mul_(up), gate, grad_input=silu)
+            x = _gathered(x_TD, tokens, rows)  # where dy was
             torch.mm(dgate.T, x, out=dw1_EFD[expert])
             torch.mm(dup.T, x, out=dw3_EFD[expert])
-            _put(torch.mm(dgate, w1_EFD[expert], out=dy).addmm_(dup, w3_EFD[expert]), dx_RD[start:end])
+            _put(torch.mm(dgate, w1_EFD[expert], out=x).addmm_(dup, w3_EFD[expert]), dx_RD[start:end])
 
     _for_each(segments, work)
     grad_gates_TK = gates_TK.new_zeros(gates_TK.shape)
