@@ -8,6 +8,8 @@ equal share of it, or of unequal shares where each loss is its sum times the ran
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -26,10 +28,14 @@ from moe_lab.parallel.ordered import OrderedReduceScatter, gather
 from moe_lab.parallel.wire import compare_settings, wire, without_weights
 
 MESHES = (("dp", "ep"), ("dp", "sp", "ep"))
+_meshes: WeakKeyDictionary[Any, dict[tuple[str, tuple[int, int, int]], DeviceMesh]] = WeakKeyDictionary()
 
 
 def make_mesh(ep: int, sp: int = 1, *, device: str = "cpu") -> DeviceMesh:
-    """All ranks as (dp, sp, ep): neighbours share the experts. `ValueError` unless `ep` and `sp` divide the ranks."""
+    """All ranks as (dp, sp, ep): neighbours share the experts. `ValueError` unless `ep` and `sp` divide the ranks.
+
+    The same mesh for the same sizes, as long as the ranks are together: a new one would keep groups and their threads.
+    """
     ranks = dist.get_world_size()
     check_int("ep", ep, 1)
     check_int("sp", sp, 1)
@@ -37,7 +43,10 @@ def make_mesh(ep: int, sp: int = 1, *, device: str = "cpu") -> DeviceMesh:
         raise ValueError(f"ep={ep} must divide the {ranks} ranks")
     if ranks % (sp * ep):
         raise ValueError(f"sp={sp} must divide the {ranks // ep} ranks beside ep={ep}")
-    return init_device_mesh(device, (ranks // (sp * ep), sp, ep), mesh_dim_names=MESHES[1])
+    known, sizes = _meshes.setdefault(dist.group.WORLD, {}), (ranks // (sp * ep), sp, ep)
+    if (device, sizes) not in known:
+        known[device, sizes] = init_device_mesh(device, sizes, mesh_dim_names=MESHES[1])
+    return known[device, sizes]
 
 
 def replicas(mesh: DeviceMesh) -> DeviceMesh:

@@ -107,6 +107,16 @@ def placements(config: LMConfig, ep, sp=1):
     }
 
 
+def groups_after_each(config: LMConfig, ep, sp):
+    """How many process groups there are after each of three models."""
+    found = []
+    for _ in range(3):
+        model = shard_moe(build(config), make_mesh(ep, sp))
+        loss_of(model, batch(config)[:1]).backward() if sp == 1 else None
+        found.append(len(dist.distributed_c10d._world.pg_map))
+    return found
+
+
 def weights_in_use(config: LMConfig, ep, rounded):
     """Dtypes of a gate's and of a dense weight while the model runs."""
     model = shard_moe(build(config), make_mesh(ep), dtype=rounded)

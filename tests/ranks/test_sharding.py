@@ -108,6 +108,13 @@ def test_bfloat16_is_no_further_from_float32_than_in_one_process(pool, ep):
     assert not torch.equal(summed, summed.bfloat16().float())  # over ranks in float32
 
 
+@pytest.mark.parametrize(("ep", "sp"), [(2, 1), (2, 2)])
+def test_models_on_one_mesh_share_its_groups(pool, ep, sp):
+    """Else ranks that stay warm gather groups, each with threads of its own."""
+    for first, *later in pool.run(jobs.groups_after_each, TINY, ep, sp):
+        assert later == [first, first]
+
+
 def test_gates_are_not_rounded(pool):
     assert pool.run(jobs.weights_in_use, TINY, 2, torch.bfloat16) == [[torch.float32, torch.bfloat16]] * 4
 
