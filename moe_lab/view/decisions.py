@@ -267,8 +267,11 @@ def saving_bars(times: Sequence[tuple[Saving, Sequence[float], Sequence[float]]]
             ratio = timing.ratio(fast, slow)
             axes.barh(y, ratio.median, 0.6, color=LESS if ratio.high < 1 else MORE if ratio.low > 1 else CHANCE, lw=0)
             axes.plot([ratio.low, ratio.high], [y, y], color=INK, lw=1.2)
-            axes.text(max(ratio.high, ratio.median), y, f"  {ratio.median:.2f}", va="center", size=7.5)
-        axes.axvline(1, color=INK, lw=0.8, ls="--")
+            axes.annotate(
+                f"{ratio.median:.2f}", (max(ratio.high, ratio.median), y), (5, 0), textcoords="offset points",
+                va="center", size=7.5, bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
+            )  # fmt: skip
+        axes.axvline(1, color=INK, lw=0.8, ls="--", zorder=0)
         axes.set_yticks(range(len(times)), [f"{saving.path} / {saving.instead_of}" for saving, *_ in times])
         axes.set(ylim=(len(times) - 0.5, -0.5), xlabel="ratio, paired rounds (line: 95 % of the median)")
         axes.margins(x=0.1)
