@@ -14,6 +14,7 @@ import pytest
 import torch
 import training_jobs as jobs
 
+from moe_lab import cli
 from moe_lab.jobs.corpus_file import Corpus, save_corpus
 from moe_lab.jobs.train import TrainConfig, Trainer, train
 from moe_lab.jobs.train_distributed import load_checkpoint, newest
@@ -139,6 +140,14 @@ def test_killed_in_a_save_the_last_checkpoint_is_whole(pool, corpus, unbroken, w
 def test_what_many_ranks_cannot_do_is_refused(pool, corpus, tmp_path, change, sp, message):
     with pytest.raises(RankError, match=message):
         pool.run(jobs.run, dataclasses.replace(CONFIG, **change), corpus, tmp_path, 2, sp=sp)
+
+
+@pytest.mark.parametrize("options", [["--ep", "2"], ["--sp", "2"], ["--checkpointing"], ["--fixed-order"]])
+def test_options_of_many_ranks_are_refused_to_one_process(corpus, tmp_path, capsys, options):
+    save_corpus(corpus, tmp_path / "corpus.safetensors")
+    command = ["train", "--device", "cpu", "--corpus", str(tmp_path / "corpus.safetensors"), "--out", str(tmp_path)]
+    assert cli.main([*command, *options]) == 2
+    assert "are for many ranks: start with torchrun -m moe_lab train" in capsys.readouterr().err
 
 
 def test_nothing_to_resume_from_is_named(tmp_path):
