@@ -54,6 +54,10 @@ def test_only_a_write_through_data_is_missed():
     ]
     assert steps["w2 written in place"].w2_t == "written in place"
     assert steps["w1 swapped"][1:3] == ("another tensor", "hit")
+    assert steps["a fused optimizer steps"][1:3] == ("an optimizer has stepped",) * 2
+    lines = str(decisions.HistoryText(list(steps.values()))).splitlines()
+    assert max(map(len, lines)) <= 138  # what a notebook's column holds without breaking lines
+    assert lines[-1].count("  not kept: under FSDP, which refills …") == 2
     strip = decisions.cache_strip(list(steps.values()), "here")
     assert sum(t.get_text() == "hit, stale" for t in strip.axes[0].texts) == 1
 

@@ -35,11 +35,19 @@ CHANGES: dict[str, Callable[[GroupedExperts], object]] = {
     "again, as it is": lambda experts: None,
     "load_state_dict": lambda experts: experts.load_state_dict({k: v + 1 for k, v in experts.state_dict().items()}),
     "w1 swapped": lambda experts: setattr(experts, "w1_EFD", torch.nn.Parameter(experts.w1_EFD.detach() * 2)),
+    "a fused optimizer steps": lambda experts: _step(experts),
     "to float64 and back": lambda experts: experts.double().float(),
     "w1 written through .data": lambda experts: experts.w1_EFD.data.mul_(2),
     "drop_caches()": lambda experts: experts.drop_caches(),
     "managed by FSDP": lambda experts: setattr(experts, "_is_fsdp_managed_module", True),
 }
+
+
+def _step(experts: GroupedExperts) -> None:
+    """One step by a kernel that writes without a new version."""
+    for weight in experts.parameters():
+        weight.grad = torch.ones_like(weight)
+    torch.optim.AdamW(experts.parameters(), lr=0.1, fused=True).step()
 
 
 @torch.no_grad()

@@ -121,9 +121,7 @@ def plan(config: LMConfig, layout: Layout, tokens: int, load: float | Sequence[f
 
 def _in_experts(config: LMConfig, layout: Layout, tokens: int, rows_L: Sequence[int], block: int) -> int:
     """Bytes as the last of the blocks whose rows are given undoes its experts, beside weights that are always there."""
-    sizes = {n: s.numel() for n, s in weights(config).items() if n.startswith("blocks.0.")}
-    experts = FLOAT * sum(size // layout.ep for name, size in sizes.items() if ".experts." in name)
-    dense = FLOAT * sum(size for name, size in sizes.items() if ".experts." not in name)
+    experts, dense = _block_weights(config, layout)
     done = config.num_layers - len(rows_L)
     cut = experts // layout.replicas + dense // layout.ranks
     gradients = FLOAT * VOCAB * config.moe.dim + experts + done * cut
@@ -136,9 +134,7 @@ def _in_experts(config: LMConfig, layout: Layout, tokens: int, rows_L: Sequence[
 def _in_attention(config: LMConfig, layout: Layout, tokens: int, rows_L: Sequence[int], block: int) -> int:
     """The same as it brings the gradients of keys and values home."""
     moe = config.moe
-    sizes = {n: s.numel() for n, s in weights(config).items() if n.startswith("blocks.0.")}
-    experts = FLOAT * sum(size // layout.ep for name, size in sizes.items() if ".experts." in name)
-    dense = FLOAT * sum(size for name, size in sizes.items() if ".experts." not in name)
+    experts, dense = _block_weights(config, layout)
     done = config.num_layers - len(rows_L)
     cut = experts // layout.replicas + dense // layout.ranks
     gradients = FLOAT * VOCAB * moe.dim + experts // layout.replicas + dense + done * cut
@@ -147,6 +143,13 @@ def _in_attention(config: LMConfig, layout: Layout, tokens: int, rows_L: Sequenc
     kept += FLOAT * tokens * (8 * moe.dim + 1 + 2 * config.num_heads)
     moving = 3 if config.max_length % layout.sp == 0 else 4
     return kept + gradients + dense + still_whole + moving * FLOAT * 2 * layout.sp * tokens * moe.dim
+
+
+def _block_weights(config: LMConfig, layout: Layout) -> tuple[int, int]:
+    """Bytes of the experts of a block that a rank computes with, and of everything else in a block, whole."""
+    sizes = {n: s.numel() for n, s in weights(config).items() if n.startswith("blocks.0.")}
+    experts = sum(size // layout.ep for name, size in sizes.items() if ".experts." in name)
+    return FLOAT * experts, FLOAT * sum(size for name, size in sizes.items() if ".experts." not in name)
 
 
 @cache

@@ -20,6 +20,7 @@ from moe_lab.view.text import Text, table
 from moe_lab.view.theme import CHANCE, INK, LESS, MORE, MUTED, WIDTH
 
 PER_ROW, WRAP = 3, 50
+FATE = 40  # letters of a reason in a table of two, which a notebook's column holds
 ROW, HEIGHT, GAP = 66, 58, 12  # CSS pixels
 
 
@@ -213,7 +214,8 @@ class HistoryText(Text):
         """A line a change: both copies, bytes kept, whether the output is that of the present weights."""
         rows: list[tuple[str, ...]] = [("after", "w13", "w2_t", "bytes kept", "output right")]
         for step in self.steps:
-            rows.append((step.what, step.w13, step.w2_t, f"{step.num_bytes:,}", "yes" if step.right else "NO, stale"))
+            fates = (textwrap.shorten(fate, FATE, placeholder=" …") for fate in (step.w13, step.w2_t))
+            rows.append((step.what, *fates, f"{step.num_bytes:,}", "yes" if step.right else "NO, stale"))
         return table(rows, left=(0, 1, 2))
 
 
@@ -232,7 +234,7 @@ def cache_strip(steps: Sequence[Step], what: str) -> Figure:
                 axes.text(x + 0.5, y + 0.5, text, size=7, ha="center", va="center", color="#ffffff" if hit else MUTED)
         axes.set(xlim=(0, len(steps)), ylim=(2, 0))
         axes.set_yticks([0.5, 1.5], ["w13", "w2_t"])
-        labels = ["\n".join(textwrap.wrap(step.what, 16)) for step in steps]
+        labels = ["\n".join(textwrap.wrap(step.what, 13, break_long_words=False)) for step in steps]
         axes.set_xticks([x + 0.5 for x in range(len(steps))], labels, size=7)
         axes.tick_params(length=0)
         for spine in axes.spines.values():
