@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import torch
 
@@ -95,3 +97,18 @@ def test_a_layer_too_big_for_memory_is_refused_with_the_number():
         GroupedExperts(2**16, 2**18, 64000)
     with torch.device("meta"):
         assert GroupedExperts(2**16, 2**18, 64000).w1_EFD.is_meta
+
+
+def test_another_table_is_read_once_the_first_is_forgotten(monkeypatch, tmp_path):
+    def keep(**ms):
+        path = tmp_path / "table.json"
+        path.write_text(json.dumps([{"case": SMALL._asdict(), "ms": ms}]))
+        monkeypatch.setattr(auto, "TABLE", path)
+
+    keep(loop=1.0, padded=2.0)
+    auto.forget_table()
+    assert auto.choose(SMALL, plain=True).backend == "loop"
+    keep(loop=2.0, padded=1.0)
+    assert auto.choose(SMALL, plain=True).backend == "loop"
+    auto.forget_table()
+    assert auto.choose(SMALL, plain=True).backend == "padded"

@@ -49,6 +49,13 @@ def test_the_peak_is_where_backward_begins_or_where_gradients_are_there():
     kept = block_activations(WIDE, Layout(2), 32, 64)
     wide_peak = wide.parameters + wide.optimizer + outside + kept + gradients + 2 * (experts + dense) + moving
     assert wide.peak == wide_peak
+    spread = plan(WIDE, Layout(4, 2), 32)  # half of the experts, cut once more, and received rows move as well
+    local = experts // 2
+    gradients = head + local + local // 2 + (dense + gate) // 4
+    spread_peak = (
+        spread.parameters + spread.optimizer + outside + kept + gradients + 2 * (local + dense) + 3 * moving // 2
+    )
+    assert spread.peak == spread_peak
 
 
 def test_each_layer_may_have_a_load_of_its_own():

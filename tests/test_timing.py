@@ -1,3 +1,5 @@
+import platform
+import re
 import time
 
 import pytest
@@ -37,6 +39,11 @@ def test_the_summary_is_a_median_within_its_interval():
 
 def test_ratios_are_taken_round_by_round():
     assert timing.ratio([2.0, 20.0, 200.0], [1.0, 10.0, 100.0]) == (2.0, 2.0, 2.0)
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64" or platform.system() != "Linux", reason="reads Linux's cpuinfo")
+def test_the_environment_names_the_processor_with_family_and_model():
+    assert re.fullmatch(r"\S.*, family \d+, model \d+", timing.environment(CPU)["cpu"])
 
 
 def test_the_environment_names_device_and_versions():
