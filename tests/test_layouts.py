@@ -20,7 +20,7 @@ def test_the_largest_difference_is_between_any_two():
     assert largest_between([[1.0], [1.1], [0.8]]) == pytest.approx(1.1 / 0.8 - 1)
 
 
-@pytest.mark.parametrize("name", ["EP 4", "FSDP 4", "dp 2 x ep 2"])
+@pytest.mark.parametrize("name", ["EP 4", "FSDP 4", "dp 2 x ep 2", "sp 2 x ep 2"])
 def test_another_order_of_sums_is_the_same_run(one_thread, name):
     config = dataclasses.replace(SHRUNK, steps=3)
     whole, ordered = one_process(config).bits_per_byte, in_order(config, IN_ORDER[name]).bits_per_byte

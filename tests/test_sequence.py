@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from moe_lab import MoE
 from moe_lab.parallel import VirtualRanks
-from moe_lab.parallel.sequence import SequenceShard, join
+from moe_lab.parallel.sequence import SequenceShard, gather_all, join
 
 
 @settings(max_examples=40)
@@ -79,3 +79,20 @@ def test_the_mean_of_ranks_losses_is_that_over_all_tokens(length, size):
     expected = torch.nn.functional.cross_entropy(logits_BLV.flatten(0, 1), targets_BL.flatten())
     torch.testing.assert_close(torch.stack(losses).mean(), expected)
     assert [bool(loss > 0) for loss in losses] == [bool(shard.valid_T.any()) for shard in shards]
+
+
+def test_one_shard_has_the_bits_of_the_mean():
+    logits_BLV, targets_BL = torch.randn(3, 7, 11, requires_grad=True), torch.randint(11, (3, 7))
+    loss = SequenceShard(3, 7, 1, 0).cross_entropy(logits_BLV, targets_BL)
+    mean = torch.nn.functional.cross_entropy(logits_BLV.flatten(0, 1), targets_BL.flatten())
+    assert torch.equal(loss, mean)
+    assert torch.equal(*(torch.autograd.grad(one, logits_BLV)[0] for one in (loss, mean)))
+
+
+def test_gradients_of_what_all_see_are_added_in_order():
+    """Of three positions over four ranks. ((1e8 + 1) - 1e8) + 2 is 2 in float32; other orders give 3, 0 or 1."""
+    shards = [torch.full((1, 1), float(rank), requires_grad=True) for rank in range(4)]
+    whole = gather_all(shards, 3)
+    assert [x_LD.flatten().tolist() for x_LD in whole] == [[0, 1, 2]] * 4
+    sum(x_LD.sum() * scale for x_LD, scale in zip(whole, (1e8, 1.0, -1e8, 2.0))).backward()
+    assert [x_lD.grad.item() for x_lD in shards] == [2, 2, 2, 0]

@@ -20,12 +20,11 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import pairwise, permutations
+from itertools import chain, pairwise, permutations
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -36,6 +35,7 @@ from moe_lab.jobs.train import Losses, TrainConfig, Trainer, train
 from moe_lab.jobs.train_distributed import DistributedTrainer
 from moe_lab.models.lm import SMALL, MoELM, rotary_table
 from moe_lab.parallel.ranks import RankPool
+from moe_lab.parallel.sequence import SequenceShard, gather_all
 from moe_lab.parallel.virtual import VirtualRanks
 from moe_lab.study.planner import Layout, plan, trace_load
 from moe_lab.study.recorder import record
@@ -78,10 +78,10 @@ def source_text() -> Corpus:
 
 
 class InOrder(Trainer):
-    """One process that sums as the ranks of a layout with `ep` do: its ranks are virtual, gradients added by rank.
+    """One process that sums as the ranks of a layout do: its ranks are virtual, gradients added by rank.
 
-    Each rank has a copy of the model, on the same weights, for gradients of its own; ranks of one `ep` run in lock
-    step, and share experts.
+    Each rank has a copy of the model, on the same weights, for gradients of its own. Ranks of one `dp`, as (sp, ep),
+    run in lock step: those of one `sp` share experts, those of one `ep` sequences.
     """
 
     def __init__(self, config: TrainConfig, corpus: Corpus, device: str, *, layout: Layout) -> None:
@@ -90,21 +90,24 @@ class InOrder(Trainer):
 
     def spread(self, model: MoELM) -> MoELM:
         """Whole, beside its copies."""
-        self.copies = [_copy(model) for _ in range(self.layout.ep)]
+        self.copies = [_copy(model) for _ in range(self.layout.ep * self.layout.sp)]
         return model
 
     def gradients(self, bytes_BL: Tensor) -> Losses:
         """Those of the mean of all ranks' losses; that mean."""
-        found = []
-        for group_BL in bytes_BL.chunk(self.layout.replicas):
-            parts = group_BL.chunk(self.layout.ep)
-            logits = in_lock_step(self.copies, [part_BL[:, :-1] for part_BL in parts])
-            losses = [F.cross_entropy(l_BLV.flatten(0, 1), p_BL[:, 1:].flatten()) for l_BLV, p_BL in zip(logits, parts)]
+        ep, sp, found = self.layout.ep, self.layout.sp, []
+        for group_BL in bytes_BL.chunk(self.layout.replicas // sp):
+            shares = group_BL.chunk(ep) * sp
+            batch, length = len(shares[0]), group_BL.shape[1] - 1
+            parts = [SequenceShard(batch, length, sp, rank // ep) for rank in range(ep * sp)]
+            cut = [part.cut(share_BL[:, :-1]) for part, share_BL in zip(parts, shares)]
+            logits = in_lock_step(self.copies, parts, cut)
+            losses = [p.cross_entropy(l_BlV, share_BL[:, 1:]) for p, l_BlV, share_BL in zip(parts, logits, shares)]
             (torch.stack(losses).sum() / self.layout.ranks).backward()
             found += [loss.detach() for loss in losses]
             for one in self.copies:
                 for p, mine in zip(self.model.parameters(), one.parameters()):
-                    if mine.grad is not None:  # experts have theirs in the first copy
+                    if mine.grad is not None:  # experts have theirs in the first copy of each `ep`
                         p.grad = mine.grad if p.grad is None else p.grad + mine.grad
                     mine.grad = None
         return Losses(torch.stack(found).mean(), torch.zeros(()))
@@ -116,25 +119,35 @@ def _copy(model: MoELM) -> MoELM:
     return copy.deepcopy(model, shared | {id(buffer): buffer for buffer in model.buffers()})
 
 
-def in_lock_step(copies: Sequence[MoELM], parts: Sequence[Tensor]) -> list[Tensor]:
-    """Logits of every rank's part by its copy of the model, block by block: experts are those of the first."""
-    config = copies[0].config
-    rotary = rotary_table(parts[0].shape[1], config.moe.dim // config.num_heads, parts[0].device)
-    hidden = [one.embedding(bytes_BL) for one, bytes_BL in zip(copies, parts)]
+def in_lock_step(copies: Sequence[MoELM], parts: Sequence[SequenceShard], cut: Sequence[Tensor]) -> list[Tensor]:
+    """Logits (B, l, V) of every rank's bytes (B, l) by its copy of the model, block by block; ranks are (sp, ep)."""
+    config, sp, length, device = copies[0].config, parts[0].size, parts[0].length, cut[0].device
+    ep, head_dim = len(parts) // sp, config.moe.dim // config.num_heads
+    rotary = [rotary_table(part.local_length, head_dim, device, part.start) for part in parts]
+    sees = [part.sees_lL(device) if sp > 1 else None for part in parts]  # None for whole sequences, as ranks do
+    hidden = [one.embedding(bytes_Bl) for one, bytes_Bl in zip(copies, cut)]
     for blocks in zip(*(one.blocks for one in copies)):
-        hidden = [x_BLD + b.attention(b.attention_norm(x_BLD), rotary) for b, x_BLD in zip(blocks, hidden)]
-        rows = [b.moe_norm(x_BLD).flatten(0, 1) for b, x_BLD in zip(blocks, hidden)]
-        outs = VirtualRanks(blocks[0].moe, len(parts), layers=[b.moe for b in blocks])(rows)
-        hidden = [x_BLD + out.view_as(x_BLD) for x_BLD, out in zip(hidden, outs)]
-    return [one.head(one.norm(x_BLD)) for one, x_BLD in zip(copies, hidden)]
+        heads = [b.attention.heads(b.attention_norm(x_BlD), r) for b, x_BlD, r in zip(blocks, hidden, rotary)]
+        here = [torch.stack((k, v)) for _, k, v in heads]
+        by_ep = [gather_all(here[rank::ep], length) for rank in range(ep)]
+        whole = chain(*zip(*by_ep))  # as ranks are, ep last
+        outs = [b.attention.attend(q, k, v, sees_lL) for b, (q, *_), (k, v), sees_lL in zip(blocks, heads, whole, sees)]
+        hidden = [x_BlD + out for x_BlD, out in zip(hidden, outs)]
+        rows = [part.real(b.moe_norm(x_BlD)) for part, b, x_BlD in zip(parts, blocks, hidden)]
+        outs = []
+        for rank in range(0, len(parts), ep):
+            layers = [b.moe for b in blocks[rank : rank + ep]]
+            outs += VirtualRanks(layers[0], ep, layers=layers)(rows[rank : rank + ep])
+        hidden = [x_BlD + part.padded(out) for x_BlD, part, out in zip(hidden, parts, outs)]
+    return [one.head(one.norm(x_BlD)) for one, x_BlD in zip(copies, hidden)]
 
 
-IN_ORDER = {"FSDP 2": Layout(2), "EP 2": Layout(2, 2)} | {n: LAYOUTS[n] for n in ("EP 4", "FSDP 4", "dp 2 x ep 2")}
+IN_ORDER = {"FSDP 2": Layout(2), **LAYOUTS, "sp 4": Layout(4, sp=4)}  # sums over sp have an order from three ranks on
 
 
 def in_order(config: TrainConfig, layout: Layout) -> Run:
-    """One process that sums as the ranks of a layout do: without `ep`, a micro-batch for each is all it takes."""
-    if layout.ep == 1:
+    """One process that sums as the ranks of a layout do: over `dp` alone, a micro-batch for each is all it takes."""
+    if layout.ep == layout.sp == 1:
         return one_process(dataclasses.replace(config, accumulate=layout.ranks))
     return one_process(config, make=partial(InOrder, layout=layout))
 

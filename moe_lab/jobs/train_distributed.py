@@ -98,7 +98,7 @@ class DistributedTrainer(Trainer):
 
     def _losses_of_positions(self, inputs_BL: Tensor, targets_BL: Tensor) -> Losses:
         """Of this rank's positions, weighted so that their mean over ranks is that over all tokens."""
-        part = MeshShard.of(self.mesh["sp"], *inputs_BL.shape)
+        part = MeshShard.of(self.mesh["sp"], *inputs_BL.shape, fixed_order=self.options["fixed_order"])
         loss = part.cross_entropy(self.model(part.cut(inputs_BL), part), targets_BL)
         auxiliary, counts_LE = loss.new_zeros(()), self.counts()
         if here := int(part.valid_T.sum()):

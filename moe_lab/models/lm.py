@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -78,15 +78,25 @@ class Attention(nn.Module):
         self, x_BLD: Float[Tensor, "B L D"], rotary: Float[Tensor, "2 L h"], part: MeshShard | None = None
     ) -> Float[Tensor, "B L D"]:
         """(B, L, D) -> (B, L, D); `rotary` holds cosine and sine (2, L, head/2). `part`: as of the model."""
+        q, k, v = self.heads(x_BLD, rotary)
+        if part is None:
+            return self.attend(q, k, v)
+        k, v = part.gather(torch.stack((k, v)))
+        return self.attend(q, k, v, part.sees_lL(x_BLD.device))
+
+    def heads(self, x_BLD: Float[Tensor, "B L D"], rotary: Float[Tensor, "2 L h"]) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values (B, heads, L, D/heads): of each position by itself."""
         qkv = self.qkv(x_BLD).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         q, k, v = qkv.unbind(0)
         head = (q.shape[-1],)
         q, k = (rotate(F.rms_norm(t, head), rotary) for t in (q, k))
-        if part is None:
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        else:
-            k, v = part.gather(torch.stack((k, v)))
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=part.sees_lL(x_BLD.device))
+        return q, k, v
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, sees_lL: Bool[Tensor, "l L"] | None = None
+    ) -> Float[Tensor, "B l D"]:
+        """Queries of l positions to keys and values of L, which each sees as told; without, itself and those before."""
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=sees_lL, is_causal=sees_lL is None)
         return self.out(y.transpose(1, 2).flatten(2))
 
 

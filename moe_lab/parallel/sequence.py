@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -16,6 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from moe_lab.config import check_int
 from moe_lab.kernels.permute import permute_rows
 from moe_lab.layer.moe import MoE
+from moe_lab.parallel.ordered import reduce_scatter
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,11 @@ class SequenceShard:
         keep_t, back_T = self._keep(rows_tD.device)
         return permute_rows(rows_tD, back_T, keep_t).view(self.batch, self.local_length, rows_tD.shape[1])
 
+    def sees_lL(self, device: torch.device) -> Bool[Tensor, "l L"]:
+        """Which positions of the whole sequence each one here may look at: itself and those before."""
+        position_l = self.start + torch.arange(self.local_length, device=device)
+        return position_l[:, None] >= torch.arange(self.length, device=device)
+
     def run(self, moe: MoE, x_BlD: Float[Tensor, "B l D"]) -> Float[Tensor, "B l D"]:
         """The layer on this shard; every rank of its mesh calls it, those without a real token too."""
         return self.padded(moe(self.real(x_BlD)))
@@ -90,7 +97,7 @@ class SequenceShard:
         """
         targets_t = self.cut(targets_BL).flatten()[self.valid_T.to(targets_BL.device)]
         summed = F.cross_entropy(self.real(logits_BlV).float(), targets_t, reduction="sum")
-        return self.size / targets_BL.numel() * summed
+        return summed / (targets_BL.numel() / self.size)  # of one shard as PyTorch divides a mean, to the bit
 
     def _keep(self, device: torch.device) -> tuple[Tensor, Tensor]:
         keep_t = self.valid_T.nonzero().flatten()
@@ -101,23 +108,22 @@ class SequenceShard:
 
 @dataclass(frozen=True)
 class MeshShard(SequenceShard):
-    """A shard whose sequences go on on the ranks of `group`, which all call `gather`."""
+    """A shard whose sequences go on on the ranks of `group`, which all call `gather`.
+
+    `fixed_order`: its gradients are summed in the order of ranks, which backends choose otherwise.
+    """
 
     group: dist.ProcessGroup
+    fixed_order: bool = False
 
     @classmethod
-    def of(cls, mesh: DeviceMesh, batch: int, length: int) -> MeshShard:
+    def of(cls, mesh: DeviceMesh, batch: int, length: int, *, fixed_order: bool = False) -> MeshShard:
         """This rank's part of B sequences of L tokens on a one-dimensional mesh."""
-        return cls(batch, length, mesh.size(), mesh.get_local_rank(), mesh.get_group())
+        return cls(batch, length, mesh.size(), mesh.get_local_rank(), mesh.get_group(), fixed_order)
 
     def gather(self, x_HlD: Float[Tensor, "*H l D"]) -> Float[Tensor, "*H L D"]:
         """All positions of what each rank has of its own. Gradients are summed where the positions are."""
         return _Gather.apply(x_HlD, self)
-
-    def sees_lL(self, device: torch.device) -> Bool[Tensor, "l L"]:
-        """Which positions of the whole sequence each one here may look at: itself and those before."""
-        position_l = self.start + torch.arange(self.local_length, device=device)
-        return position_l[:, None] >= torch.arange(self.length, device=device)
 
 
 class _Gather(torch.autograd.Function):
@@ -134,10 +140,27 @@ class _Gather(torch.autograd.Function):
         shard = ctx.shard
         missing = shard.size * shard.local_length - shard.length
         padded_HLD = F.pad(grad_HLD, (0, 0, 0, missing)) if missing else grad_HLD  # padding by nothing would copy
-        parts = padded_HLD.chunk(shard.size, dim=-2)
-        out_HlD = parts[0].new_empty(parts[0].shape)
-        dist.reduce_scatter(out_HlD, [part.contiguous() for part in parts], group=shard.group)
+        parts_RHlD = padded_HLD.unflatten(-2, (shard.size, -1)).movedim(-3, 0).contiguous()
+        if shard.fixed_order:
+            return reduce_scatter(parts_RHlD.flatten(1), shard.group).view(parts_RHlD.shape[1:]), None
+        out_HlD = torch.empty_like(parts_RHlD[0])
+        dist.reduce_scatter(out_HlD, list(parts_RHlD), group=shard.group)
         return out_HlD, None
+
+
+def gather_all(shards: Sequence[Float[Tensor, "*H l D"]], length: int) -> tuple[Float[Tensor, "*H L D"], ...]:
+    """What `MeshShard.gather` in a fixed order gives every rank, in one process: all positions, once for each."""
+    return _ForEach.apply(torch.cat(list(shards), dim=-2)[..., :length, :], len(shards))
+
+
+class _ForEach(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, size: int) -> tuple[Tensor, ...]:
+        return tuple(x.view_as(x) for _ in range(size))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return sum(grads[1:], start=grads[0]), None  # autograd of its own would add them in the order that they come
 
 
 def join(shards: list[Tensor], length: int) -> Tensor:

@@ -153,12 +153,15 @@ def clipped(config: LMConfig, ep, max_norm):
 
 
 def summed_in_order():
-    """This rank's element of a sum that float32 rounds to other numbers in other orders; the same as FSDP asks."""
+    """This rank's element of a sum that float32 rounds to other numbers in other orders, as each asks for it."""
     mine = [1e8, 1.0, -1e8, 2.0][dist.get_rank()]
     x_R1 = torch.full((dist.get_world_size(), 1), mine)
     out_1 = torch.empty(1)
     OrderedReduceScatter()(output_tensor=out_1, input_tensor=x_R1.flatten(), group=dist.group.WORLD, op=None)
-    return reduce_scatter(x_R1, dist.group.WORLD).item(), out_1.item()
+    part = MeshShard(1, len(x_R1), len(x_R1), dist.get_rank(), dist.group.WORLD, fixed_order=True)
+    key_11 = torch.zeros(1, 1, requires_grad=True)
+    part.gather(key_11).backward(x_R1)
+    return reduce_scatter(x_R1, dist.group.WORLD).item(), out_1.item(), key_11.grad.item()
 
 
 def layer_alone(config, ep):

@@ -197,7 +197,7 @@ def test_the_norm_is_that_of_the_whole_and_cuts_the_same(pool):
 
 def test_sums_in_order_begin_with_the_first_rank(pool):
     """((1e8 + 1) - 1e8) + 2 is 2 in float32; other orders give 3, 0 or 1."""
-    assert pool.run(jobs.summed_in_order) == [(2.0, 2.0)] * 4
+    assert pool.run(jobs.summed_in_order) == [(2.0, 2.0, 2.0)] * 4
 
 
 def test_a_layer_alone_may_be_sharded(pool):
