@@ -54,15 +54,22 @@ def test_an_attention_mask_makes_documents_and_padding():
     assert folded.document_T.tolist() == trace.document_T.tolist()
 
 
+def test_layers_stacked_in_one_tensor_are_layers():
+    logits = logits_of()
+    one, other = (RoutingTrace.from_router_logits(x, RouterConfig(), K) for x in (torch.stack(logits), logits))
+    assert torch.equal(one.expert_ids_LTK, other.expert_ids_LTK)
+
+
 @pytest.mark.parametrize(
     ("logits", "fields", "message"),
     [
         ([], {}, "logits must be a non-empty sequence"),
         ([torch.zeros(3)], {}, "logits must be a non-empty sequence"),
         ([torch.zeros(3, E), torch.zeros(4, E)], {}, "logits of layers differ in shape"),
-        ([torch.full((3, E), torch.nan)], {}, "token 0 are not finite"),
+        ([torch.zeros(3, E), torch.full((3, E), torch.nan)], {}, "layer 1: logits of token 0 are not finite"),
         ([torch.full((3, E), 1e5)], {}, "not finite in float16"),
         ([torch.zeros(3, E)], {"valid": torch.ones(4)}, r"valid \(4,\) does not fit logits \(3, 8\)"),
+        ([torch.zeros(3, E)], {"valid": torch.tensor([0.0, 0.0, -1e9])}, r"valid holds -1e\+09: .* take valid == 0"),
         ([torch.zeros(3, E)], {"layers": (1, 2)}, "expert_ids_LTK has shape"),
         ([torch.zeros(3, E)], {"expert_bias_LE": torch.zeros(2, E)}, "expert_bias_LE has 2 layers"),
     ],

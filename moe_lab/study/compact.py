@@ -17,6 +17,8 @@ def half(name: str, values: Tensor) -> Tensor:
     """Values as float16 on CPU. `ValueError` for values it cannot hold."""
     small = values.detach().to("cpu", torch.float16)
     if not small.isfinite().all():
+        if not values.isfinite().all():
+            raise ValueError(f"{name} hold NaN or infinity: a trace cannot hold them")
         raise ValueError(f"{name} are not finite in float16 (at most 65504): a trace cannot hold them")
     return small
 

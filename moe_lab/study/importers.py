@@ -15,6 +15,7 @@ from moe_lab.config import RouterConfig, check_int
 from moe_lab.study.compact import small_dtype
 from moe_lab.study.info import MAX_EXPERTS, Document, TraceInfo
 from moe_lab.study.trace import RoutingTrace
+from moe_lab.study.validate import kept_tokens
 
 
 def from_routed_experts(
@@ -62,7 +63,7 @@ def from_routed_experts(
         masks = [torch.as_tensor(mask) for mask in valid]
         if [tuple(mask.shape) for mask in masks] != [(len(part),) for part in parts]:
             raise ValueError(f"valid must be a mask (tokens,) for each of the {len(parts)} sequences")
-        valid_T = torch.cat(masks).bool()
+        valid_T = kept_tokens("valid", torch.cat(masks))
     documents = [Document(f"sequence {i}", "unlabelled", "", 0, max(1, len(part))) for i, part in enumerate(parts)]
     info = provenance(router or RouterConfig(), num_experts, top_k, chosen, documents, model, source, licence)
     return dataclasses.replace(of_documents(info, ids_LTK, None, [len(part) for part in parts]), valid_T=valid_T)

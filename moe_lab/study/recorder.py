@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import platform
 import re
 import sys
@@ -20,6 +21,7 @@ from moe_lab.models import hf
 from moe_lab.study.compact import half, small_dtype
 from moe_lab.study.info import MAX_EXPERTS, Document, TraceInfo
 from moe_lab.study.spans import Spans
+from moe_lab.study.validate import kept_tokens
 
 if TYPE_CHECKING:
     from moe_lab.study.trace import RoutingTrace
@@ -45,8 +47,8 @@ def record(
     structure (see `moe_lab.models.hf`). Each must run once a forward, on the same tokens: (T, D), or (B, L, D)
     as T = B*L tokens row by row. Routing is kept on CPU in compact dtypes, a forward at a time; memory is bounded
     by `max_tokens`, past which a forward raises `ValueError`. What runs outside a whole forward (activation
-    recomputing, one layer by itself) is not recorded. Tokens that an `attention_mask` keyword of the model
-    leaves out are recorded as not valid.
+    recomputing, one layer by itself) is not recorded. Tokens that the model's `attention_mask` (B, L) leaves out are
+    recorded as not valid; of a mask of another shape a warning says that it was not read.
 
     `documents` are begun at once (see `Recorder.begin`). Without any, every forward is its own document.
     Raises `ValueError` for a model without such routers, or with routers that differ in num_experts, top_k or
@@ -203,8 +205,9 @@ class Recorder:
             raise ValueError("routers ran in another order than in the forward before")
         self._order = order
         if num_tokens := lengths[self._routers[order[0]]]:
+            valid_T = _valid(_mask(model, args, kwargs), num_tokens)
             self._spans.take(num_tokens)
-            self._valid_chunks.append(_valid(kwargs.get("attention_mask"), num_tokens))
+            self._valid_chunks.append(valid_T)
             self._chunks.append(list(forward.values()))
 
     def _stacked_bias(self) -> Tensor | None:
@@ -245,11 +248,28 @@ def _versions(router: nn.Module) -> dict[str, str]:
     return versions
 
 
+def _mask(model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> object:
+    """The attention mask of a forward, given by name or by place."""
+    if "attention_mask" in kwargs:
+        return kwargs["attention_mask"]
+    given = zip(inspect.signature(model.forward).parameters, args)
+    return next((value for name, value in given if name == "attention_mask"), None)
+
+
 def _valid(mask: object, num_tokens: int) -> Tensor:
     """Which tokens of a forward are no padding, by its attention mask: (B, L), past tokens first."""
-    if not isinstance(mask, Tensor) or mask.dim() != 2 or not mask.numel() or num_tokens % len(mask):
-        return torch.ones(num_tokens, dtype=torch.bool)
-    return mask[:, -(num_tokens // len(mask)) :].bool().cpu().reshape(-1)
+    all_T = torch.ones(num_tokens, dtype=torch.bool)
+    if mask is None:
+        return all_T
+    shape = tuple(mask.shape) if isinstance(mask, Tensor) else ()
+    if len(shape) != 2 or not shape[0] or num_tokens % shape[0] or shape[1] < num_tokens // shape[0]:
+        what = f"of shape {shape}" if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
+        warnings.warn(
+            f"attention_mask is {what}, not (B, L) of {num_tokens} tokens: all count as valid, padding too",
+            stacklevel=2,
+        )
+        return all_T
+    return kept_tokens("attention_mask", mask)[:, -(num_tokens // shape[0]) :].reshape(-1)  # type: ignore[arg-type]
 
 
 def _stack(layers: list[list[Tensor]]) -> Tensor:

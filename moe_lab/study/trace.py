@@ -19,12 +19,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from moe_lab.config import RouterConfig
+from moe_lab.contracts import check_finite
 from moe_lab.layer.router import Routing, count, route, score
 from moe_lab.study.columns import LAYER_FIELDS, TOKEN_FIELDS, Columns
 from moe_lab.study.compact import half, small_dtype
 from moe_lab.study.info import Document, TraceInfo
 from moe_lab.study.recorder import Recorder, record
-from moe_lab.study.validate import OPTIONAL_FIELDS, check_alike
+from moe_lab.study.validate import OPTIONAL_FIELDS, check_alike, kept_tokens
 
 __all__ = ["Document", "Recorder", "RoutingTrace", "TraceInfo", "record"]
 
@@ -97,7 +98,7 @@ class RoutingTrace(Columns):
     @classmethod
     def from_router_logits(
         cls,
-        logits: Sequence[Tensor],
+        logits: Sequence[Tensor] | Tensor,
         router: RouterConfig,
         top_k: int,
         *,
@@ -113,14 +114,15 @@ class RoutingTrace(Columns):
     ) -> RoutingTrace:
         """What a router chooses from logits that somebody kept: one tensor a layer, (T, E) or (B, L, E).
 
-        Made for `output_router_logits` of transformers, whose tensors are (B*L, E). `valid` is the attention mask:
-        (B, L), each row a document of its own, or (T,). `expert_bias_LE` is the balancing bias, if there was one;
-        `step`, `rank` and `micro_batch` say which forward of a run it was.
+        Made for `output_router_logits` of transformers, whose tensors are (B*L, E); one tensor (L, T, E) will do.
+        `valid` is the attention mask: (B, L), each row a document of its own, or (T,). `expert_bias_LE` is the
+        balancing bias, if there was one; `step`, `rank` and `micro_batch` say which forward of a run it was.
         Ids and gates are computed here, in float32 (float64 for such logits): as exact as the logits, whose near
         ties may have gone the other way.
 
         Raises `ValueError` for logits that differ in shape, are not finite, or cannot be routed so.
         """
+        logits = list(logits)  # of one tensor (L, T, E) its layers
         if not logits or not all(isinstance(x, Tensor) and x.dim() in (2, 3) for x in logits):
             raise ValueError("logits must be a non-empty sequence of tensors (T, E) or (B, L, E), one a layer")
         if len({x.shape for x in logits}) > 1:
@@ -132,9 +134,14 @@ class RoutingTrace(Columns):
         if len(biases) != len(logits):
             raise ValueError(f"expert_bias_LE has {len(biases)} layers where logits has {len(logits)}")
         flat = [x.detach().flatten(0, -2).to("cpu", torch.promote_types(x.dtype, torch.float32)) for x in logits]
+        for layer, logits_TE in enumerate(flat):
+            check_finite(f"layer {layer}: logits", logits_TE)
         routings = [route(x, router, top_k, expert_bias_E=b) for x, b in zip(flat, biases, strict=True)]
         rows, length = (1, shape[0]) if len(shape) == 1 else shape
         token_T = torch.arange(rows * length, dtype=torch.int32)
+        valid_T = (
+            torch.ones(len(token_T), dtype=torch.bool) if valid is None else kept_tokens("valid", valid).reshape(-1)
+        )
         return cls(
             info=TraceInfo(
                 model=model,
@@ -156,7 +163,7 @@ class RoutingTrace(Columns):
             expert_bias_LE=None if expert_bias_LE is None else expert_bias_LE.detach().float().cpu(),
             document_T=token_T // max(length, 1),
             position_T=token_T % max(length, 1),
-            valid_T=torch.ones(len(token_T), dtype=torch.bool) if valid is None else valid.bool().cpu().reshape(-1),
+            valid_T=valid_T,
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:

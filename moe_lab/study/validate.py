@@ -6,6 +6,7 @@ import dataclasses
 from typing import TYPE_CHECKING
 
 import torch
+from jaxtyping import Bool, Shaped
 from torch import Tensor
 
 from moe_lab.contracts import check_ids
@@ -92,3 +93,16 @@ def check_alike(first: Columns, other: Columns) -> None:
             raise ValueError(f"{name} is in one trace but not in another")
     if first.expert_bias_LE is not None and not torch.equal(first.expert_bias_LE, other.expert_bias_LE):  # type: ignore[arg-type]
         raise ValueError("expert_bias_LE of traces differ")
+
+
+def kept_tokens(name: str, mask: Shaped[Tensor, "*shape"]) -> Bool[Tensor, "*shape"]:
+    """Which tokens an attention mask keeps, on CPU: those of True, or of a number above 0.
+
+    Raises `ValueError` for a mask with numbers below 0: an additive one says the opposite, 0 for tokens.
+    """
+    if not bool((mask >= 0).all()):
+        raise ValueError(
+            f"{name} holds {float(mask.min()):g}: must be True or 1 for tokens, False or 0 for padding; of an additive "
+            f"mask take {name} == 0"
+        )
+    return mask.bool().cpu()

@@ -104,6 +104,23 @@ def test_padding_is_not_valid():
     assert trace.counts_LE.sum(dim=1).tolist() == [8 * K] * 2
 
 
+def test_a_mask_is_found_by_its_place_too():
+    model, mask = tiny_model("mixtral"), torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+    with record(model) as recorder, torch.no_grad():
+        model(torch.randint(1, VOCAB, (2, 5)), mask)
+    assert recorder.trace().valid_T.tolist() == mask.bool().flatten().tolist()
+
+
+def test_a_mask_that_says_nothing_of_tokens_is_warned_of_or_refused():
+    model, tokens = tiny_model("mixtral"), torch.randint(1, VOCAB, (2, 5))
+    with record(model) as recorder, torch.no_grad():
+        with pytest.warns(UserWarning, match=r"attention_mask is of shape \(2, 1, 5, 5\), not \(B, L\) of 10 tokens"):
+            model(tokens, attention_mask=torch.zeros(2, 1, 5, 5))
+        with pytest.raises(ValueError, match="attention_mask holds -1: must be True or 1 for tokens"):
+            model(tokens, attention_mask=-torch.ones(2, 5, dtype=torch.int64))
+    assert recorder.trace().valid_T.tolist() == [True] * 10
+
+
 def test_checkpointed_layers_are_recorded_once():
     model = tiny_model("mixtral").train()
     model.activation_checkpointing_enable()
