@@ -1,11 +1,15 @@
 import dataclasses
 
 import pytest
+import torch
 
 from moe_lab import data
+from moe_lab.config import RouterConfig
 from moe_lab.models.lm import SMALL
-from moe_lab.study.planner import Footprint, Layout, block_activations, plan, shard, trace_load, weights
-from moe_lab.study.ranks import rank_load
+from moe_lab.study.load import packing_order
+from moe_lab.study.planner import Footprint, Layout, beforehand, block_activations, plan, shard, weights
+from moe_lab.study.trace import RoutingTrace
+from tests.synthetic import synthetic_trace
 from tests.test_lm import TINY
 
 WIDE = dataclasses.replace(TINY, moe=TINY.moe.replace(num_experts=64, hidden_dim=64))
@@ -49,12 +53,10 @@ def test_the_peak_is_where_backward_begins_or_where_gradients_are_there():
     kept = block_activations(WIDE, Layout(2), 32, 64)
     wide_peak = wide.parameters + wide.optimizer + outside + kept + gradients + 2 * (experts + dense) + moving
     assert wide.peak == wide_peak
-    spread = plan(WIDE, Layout(4, 2), 32)  # half of the experts, cut once more, and received rows move as well
+    spread = plan(WIDE, Layout(4, 2), 32)  # half of the experts, cut once more; received rows in place of outputs
     local = experts // 2
     gradients = head + local + local // 2 + (dense + gate) // 4
-    spread_peak = (
-        spread.parameters + spread.optimizer + outside + kept + gradients + 2 * (local + dense) + 3 * moving // 2
-    )
+    spread_peak = spread.parameters + spread.optimizer + outside + kept + gradients + 2 * (local + dense) + moving
     assert spread.peak == spread_peak
 
 
@@ -104,13 +106,49 @@ def test_a_shard_is_the_largest_part():
     assert shard(TINY, Layout(3), "norm.weight", shapes["norm.weight"]) == 6
 
 
-def test_load_is_the_tail_of_a_trace():
+@pytest.mark.parametrize(("tokens", "forwards"), [(4, 2500), (1024, 9)])
+def test_beforehand_is_the_tail_of_forwards_played_one_by_one(tokens, forwards):
+    """Rows counted from ids: of thousands of forwards all but one in a thousand, of few the fullest."""
+    trace = synthetic_trace(tokens=40_000, layers=1, experts=32, bias=False)
+    config = dataclasses.replace(SMALL, num_layers=1, max_length=4)
+    ids_TK = trace.expert_ids_LTK[0, packing_order(trace)].long() // 8  # 32 experts, 8 a rank
+    played = ids_TK[: forwards * 4 * tokens].view(forwards, -1)
+    most = sorted(int(torch.bincount(ranks, minlength=4).max()) for ranks in played)
+    rows = most[-3] if tokens == 4 else most[-1]
+    assert beforehand(config, Layout(8, 4), tokens, trace) == plan(config, Layout(8, 4), tokens, rows / (tokens * 4))
+
+
+def test_beforehand_takes_the_layers_of_a_forward_together():
+    """Two layers that fill the first of two ranks by turns, each in half of the forwards, never both."""
+    one_rank, both = torch.tensor([2.0, 1.0, 0.0, 0.0]), torch.tensor([2.0, 0.0, 1.0, 0.0])
+    first, second = one_rank.expand(640, 4), both.expand(640, 4)
+    trace = RoutingTrace.from_router_logits([torch.cat([first, second]), torch.cat([second, first])], RouterConfig(), 2)
+    by_turns = [plan(TINY, Layout(2, 2), 32, loads) for loads in ([2.0, 1.0], [1.0, 2.0])]
+    found = beforehand(TINY, Layout(2, 2), 32, trace)
+    assert found == Footprint(*map(max, zip(*by_turns)))
+    assert found.peak < plan(TINY, Layout(2, 2), 32, 2.0).peak
+
+
+def test_beforehand_depends_on_routing_only_where_experts_are_spread():
     trace = data.open("balanced")
-    found = rank_load(trace, 4, 256)
-    load = trace_load(trace, Layout(8, 4), 256)
-    assert load == found.rows_p999 / (256 * trace.top_k)
-    assert 1 < load < 4
-    assert trace_load(trace, Layout(4), 256) == 1
+    assert beforehand(SMALL, Layout(4), 1024, trace) == plan(SMALL, Layout(4), 1024)
+    mean, most = plan(SMALL, Layout(4, 4), 1024), beforehand(SMALL, Layout(4, 4), 1024, trace)
+    assert mean.receive < most.receive < 2 * mean.receive
+    assert mean.activations < most.activations
+    assert mean.parameters == most.parameters
+
+
+def test_a_trace_shorter_than_a_forward_is_one():
+    trace = data.open("balanced").select(layer=0)
+    rows = torch.bincount(trace.expert_ids_LTK[0].flatten().long() // 8, minlength=4).max()
+    tokens = trace.num_tokens  # a quarter of them a rank
+    planned = beforehand(dataclasses.replace(SMALL, num_layers=1), Layout(4, 4), tokens, trace)
+    assert planned.receive == 4 * 4 * rows * SMALL.moe.dim
+
+
+def test_a_trace_of_another_model_is_refused():
+    with pytest.raises(ValueError, match="the trace has 6 layers of 32 experts, top 4, the model 2 of 4, top 2"):
+        beforehand(TINY, Layout(2, 2), 32, data.open("balanced"))
 
 
 @pytest.mark.parametrize(

@@ -13,15 +13,19 @@ import argparse
 import copy
 import dataclasses
 import hashlib
+import inspect
 import json
 import os
 import statistics
 import sys
+import tarfile
 import tempfile
+import typing
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import chain, pairwise, permutations
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -30,16 +34,16 @@ from tqdm import tqdm
 
 from moe_lab.jobs.corpus_file import Corpus, Split
 from moe_lab.jobs.evaluate import as_tensor
-from moe_lab.jobs.memory import Held, measure
+from moe_lab.jobs.memory import measure, watch_steps
 from moe_lab.jobs.train import Losses, TrainConfig, Trainer, train
 from moe_lab.jobs.train_distributed import DistributedTrainer
 from moe_lab.models.lm import SMALL, MoELM, rotary_table
 from moe_lab.parallel.ranks import RankPool
 from moe_lab.parallel.sequence import SequenceShard, gather_all
 from moe_lab.parallel.virtual import VirtualRanks
-from moe_lab.study.planner import Layout, plan, trace_load
+from moe_lab.study.planner import Layout, beforehand, plan
 from moe_lab.study.recorder import record
-from moe_lab.study.trace import Document
+from moe_lab.study.trace import Document, RoutingTrace
 
 ONE = "1 process"
 LAYOUTS = {
@@ -53,6 +57,7 @@ LAYOUTS = {
 }
 THREADS = (1, 2, 3, 4)
 SEEDS = range(5)
+STEPS = 1000  # whose fullest is what a plan at p99.9 is to hold
 SHRUNK = TrainConfig(
     model=dataclasses.replace(
         SMALL, num_layers=2, max_length=32, moe=SMALL.moe.replace(dim=64, hidden_dim=16, num_experts=8)
@@ -71,8 +76,7 @@ def source_text() -> Corpus:
     text = Path(argparse.__file__).read_bytes()
 
     def split(part: bytes) -> Split:
-        document = Document("stdlib:argparse.py", "python", hashlib.sha256(part).hexdigest(), 0, len(part))
-        return Split(as_tensor(part), torch.tensor([0, len(part)]), (document,))
+        return Split(as_tensor(part), torch.tensor([0, len(part)]), (_document(argparse, part, 0, len(part)),))
 
     return Corpus(split(text[:-300]), split(text[-300:]), {})
 
@@ -202,29 +206,73 @@ def largest_between(curves: Sequence[list[float]]) -> float:
     return max(difference(a, b) for a, b in permutations(curves, 2))
 
 
-def memory(config: TrainConfig, layout: Layout, held: Sequence[Held]) -> dict[str, Any]:
+def trained(config: TrainConfig) -> MoELM:
+    """The model after all steps of one process."""
+    trainer = Trainer(config, source_text(), "cpu")
+    while trainer.step < config.steps:
+        trainer.advance()
+    model = MoELM(config.model)  # without the trainer's hooks, which cannot be sent to ranks
+    model.load_state_dict(trainer.model.state_dict())
+    return model
+
+
+def other_trace(model: MoELM) -> RoutingTrace:
+    """Of text that is not trained on: three other modules, cut into sequences that are drawn apart as crops are."""
+    length = model.config.max_length
+    with record(model.eval()) as recorder, torch.no_grad():
+        for module in (typing, inspect, tarfile):
+            text = Path(str(module.__file__)).read_bytes()
+            starts = range(0, len(text) - length + 1, length)
+            for some in (starts[n : n + 64] for n in range(0, len(starts), 64)):
+                recorder.begin(*(_document(module, text, start, length) for start in some))
+                model(torch.stack([as_tensor(text[start : start + length]).long() for start in some]))
+    return recorder.trace()
+
+
+def _document(module: ModuleType, text: bytes, start: int, length: int) -> Document:
+    return Document(f"stdlib:{module.__name__}.py", "python", hashlib.sha256(text).hexdigest(), start, length)
+
+
+def next_batches(config: TrainConfig, steps: int) -> Tensor:
+    """What training would draw after its last step, (S, batch, max_length + 1)."""
+    trainer = Trainer(config, source_text(), "cpu")
+    return torch.stack([trainer.batch(config.steps + step) for step in range(steps)])
+
+
+def memory(
+    model: MoELM, layout: Layout, text_SBL: Tensor, trace: RoutingTrace, pool: RankPool | None = None
+) -> dict[str, dict[str, int]]:
     """Bytes of the fullest rank, term by term: counted, planned at the rows that came, and planned beforehand.
 
-    Beforehand is at the p99.9 of the load that other text has, on one rank in every layer.
+    Of the one of S steps in which a rank has most rows; `receive` is the largest of all steps. Beforehand is from a
+    trace of other text. `pool`: ranks of the layout; None is one process.
     """
-    tokens = config.batch // layout.ranks * config.model.max_length
-    rows = tokens * config.model.moe.top_k
-    torch.manual_seed(0)
-    model = MoELM(config.model)  # as `measure` builds it
-    with record(model) as recorder, torch.no_grad():
-        model(_sequences(config, 256)[config.batch :, :-1])
-    came = [plan(config.model, layout, tokens, [n / rows for n in rank.rows])._asdict() for rank in held]
-    counted = [rank.terms | {"peak": rank.peak} for rank in held]
+    tokens = text_SBL.shape[1] * layout.sp // layout.ranks * layout.positions(model.config)
+
+    def planned(rows: Sequence[int]) -> dict[str, int]:
+        loads = [n / (tokens * model.config.moe.top_k) for n in rows]
+        return plan(model.config, layout, tokens, loads)._asdict()
+
+    fullest_BL, most = text_SBL[0], None
+    if pool and layout.ep > 1:  # without, a rank has the rows of all its tokens in every step
+        came_SR = list(zip(*pool.run(watch_steps, model, text_SBL, layout.ep, layout.sp)))
+        totals = [max(sum(came.rows) for came in ranks) for ranks in came_SR]
+        fullest_BL = text_SBL[totals.index(max(totals))]
+        most = max((came for ranks in came_SR for came in ranks), key=lambda came: came.receive)
+    held = pool.run(measure, model, fullest_BL, layout.ep, layout.sp) if pool else [measure(model, fullest_BL, None)]
+    counted = _largest([rank.terms | {"peak": rank.peak} for rank in held])
+    at_these_rows = _largest([planned(rank.rows) for rank in held])
+    if most:
+        counted["receive"], at_these_rows["receive"] = most.receive, planned(most.rows)["receive"]
     return {
-        "counted": {name: max(rank[name] for rank in counted) for name in counted[0]},
-        "planned": {name: max(rank[name] for rank in came) for name in came[0]},
-        "beforehand": plan(config.model, layout, tokens, trace_load(recorder.trace(), layout, tokens))._asdict(),
+        "counted": counted,
+        "planned": at_these_rows,
+        "beforehand": beforehand(model.config, layout, tokens, trace)._asdict(),
     }
 
 
-def _sequences(config: TrainConfig, count: int) -> Tensor:
-    length = config.model.max_length + 1
-    return source_text().train_U8[: count * length].long().view(count, length)
+def _largest(ranks: Sequence[dict[str, int]]) -> dict[str, int]:
+    return {name: max(rank[name] for rank in ranks) for name in ranks[0]}
 
 
 class Curves(NamedTuple):
@@ -277,23 +325,27 @@ def compare(config: TrainConfig = SHRUNK) -> dict[str, Any]:
 
 
 def costs(config: TrainConfig = SHRUNK) -> dict[str, Any]:
-    """Memory and time of a step, of one process and on every layout, and what times hold for."""
-    text_BL = _sequences(config, config.batch)
+    """Memory and time of a step, of one process and on every layout, and what times hold for.
+
+    Memory is that of the fullest of `STEPS` steps, by the weights that `config` trains to.
+    """
+    model, text_SBL = trained(config), next_batches(config, STEPS)
+    trace = other_trace(model)
     short = dataclasses.replace(config, steps=30)
-    footprints = {ONE: memory(config, Layout(1), [measure(config.model, text_BL, None)])}
+    footprints = {ONE: memory(model, Layout(1), text_SBL, trace)}
     seconds, fixed = {ONE: one_process(short).seconds}, {}
     with RankPool(2, backend="gloo", timeout=300) as two, RankPool(4, backend="gloo", timeout=300) as four:
         pools = {2: two, 4: four}
-        for name, layout in LAYOUTS.items():
+        for name, layout in tqdm(LAYOUTS.items(), desc="memory and time", file=sys.stderr):
             pool = pools[layout.ranks]
-            held = pool.run(measure, config.model, text_BL, layout.ep, layout.sp)
-            footprints[name] = memory(config, layout, held)
+            footprints[name] = memory(model, layout, text_SBL, trace, pool)
             seconds[name] = on_ranks(pool, short, layout).seconds
         for name, layout in IN_ORDER.items():
             fixed[name] = on_ranks(pools[layout.ranks], short, layout, fixed_order=True).seconds
     return {
         "cores": os.cpu_count(),
         "load_average": os.getloadavg()[0],
+        "steps_watched": STEPS,
         "bytes": footprints,
         "seconds_a_step": seconds,
         "seconds_in_fixed_order": fixed,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import accumulate
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity, profile
 
-from moe_lab.models.lm import LMConfig, MoELM
+from moe_lab.models.lm import MoELM
 from moe_lab.parallel.mesh import MeshExchange
 from moe_lab.parallel.sequence import MeshShard
 from moe_lab.parallel.sharding import make_mesh, shard_moe
@@ -86,33 +87,23 @@ def loss_of(model: nn.Module, bytes_BL: Tensor, part: MeshShard | None = None) -
     return F.cross_entropy(model(bytes_BL[:, :-1]).flatten(0, 1), bytes_BL[:, 1:].flatten())
 
 
-def measure(config: LMConfig, text_BL: Tensor, ep: int | None, sp: int = 1) -> Held:
+def measure(model: MoELM, text_BL: Tensor, ep: int | None, sp: int = 1) -> Held:
     """Two steps of this rank on its share of `text_BL` (B, max_length + 1); ep None is one process, without a mesh.
 
-    Over `sp` a share is of some positions only. The terms are of the second step; the peak is of all that one
-    allocates, on top of weights and moments: of `PEAKS` steps the least, since gloo's threads now and then free a
-    buffer late, which adds to a step up to 15 % that it does not need.
+    Over `sp` a share is of some positions only. The terms are of the second step, at a learning rate of 0, so that it
+    routes as the model given does; the peak is of all that one allocates, on top of weights and moments: of `PEAKS`
+    steps the least, since gloo's threads now and then free a buffer late, which adds to a step up to 15 % that it does
+    not need.
     """
-    torch.manual_seed(0)
-    model = MoELM(config).train()
-    part = None
-    if ep is not None:
-        mesh = make_mesh(ep, sp)
-        shard_moe(model, mesh)
-        share = mesh.get_local_rank("dp") * ep + mesh.get_local_rank("ep")
-        text_BL = text_BL.chunk(dist.get_world_size() // sp)[share]
-        part = MeshShard.of(mesh["sp"], len(text_BL), text_BL.shape[1] - 1) if sp > 1 else None
-    text_BL = text_BL.clone()  # a view keeps all of it
-    optimizer = torch.optim.AdamW(model.parameters(), foreach=False)
+    model, text_BL, part = _spread(model, text_BL, ep, sp)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, foreach=False)
     loss_of(model, text_BL, part).backward()
     optimizer.step()
     optimizer.zero_grad()
     own = distinct_bytes(model.parameters())
     moments = distinct_bytes(v for state in optimizer.state.values() for v in state.values())
-    rows: list[int] = []
-    received: list[int] = []
     watch = Watch(model)
-    with watch.watching(), _receiving(model, rows, received):
+    with watch.watching(), _receiving(model) as (rows, received):
         loss = loss_of(model, text_BL, part)
     activations = watch.activations()
     watch.saved.clear()
@@ -131,9 +122,43 @@ def measure(config: LMConfig, text_BL: Tensor, ep: int | None, sp: int = 1) -> H
     return Held(terms, own + moments + transient, tuple(rows))
 
 
+class Came(NamedTuple):
+    """What came to a rank in a step: `rows` for its experts in each layer, and bytes of the largest buffer of them."""
+
+    rows: tuple[int, ...]
+    receive: int
+
+
+def watch_steps(model: MoELM, text_SBL: Tensor, ep: int, sp: int = 1) -> list[Came]:
+    """What comes to this rank's share of many steps (S, B, max_length + 1), which run forward only."""
+    model, text_SBL, part = _spread(model, text_SBL, ep, sp)
+    steps = []
+    with torch.no_grad(), _receiving(model) as (rows, received):
+        for text_BL in text_SBL:
+            loss_of(model, text_BL, part)
+            steps.append(Came(tuple(rows), max(received[::2], default=0)))
+            rows.clear()
+            received.clear()
+    return steps
+
+
+def _spread(model: MoELM, text_BL: Tensor, ep: int | None, sp: int) -> tuple[MoELM, Tensor, MeshShard | None]:
+    """A copy of the model on the mesh of all ranks, this rank's sequences, and which positions of them are its own."""
+    model, part = copy.deepcopy(model).train(), None
+    if ep is not None:
+        mesh = make_mesh(ep, sp)
+        shard_moe(model, mesh)
+        share = mesh.get_local_rank("dp") * ep + mesh.get_local_rank("ep")
+        text_BL = text_BL.chunk(dist.get_world_size() // sp, dim=-2)[share]
+        part = MeshShard.of(mesh["sp"], text_BL.shape[-2], text_BL.shape[-1] - 1) if sp > 1 else None
+    return model, text_BL.clone(), part  # a view would keep all of it
+
+
 @contextmanager
-def _receiving(model: MoELM, rows: list[int], received: list[int]) -> Iterator[None]:
-    """Rows of each layer's experts, and bytes of the buffers in which they arrive from other ranks."""
+def _receiving(model: MoELM) -> Iterator[tuple[list[int], list[int]]]:
+    """Rows of each layer's experts, and bytes of the buffers in which they arrive from other ranks, as they come."""
+    rows: list[int] = []
+    received: list[int] = []
     hooks = [
         moe.experts.register_forward_pre_hook(lambda experts, args: rows.append(len(args[0])))
         for moe in model.moe_layers
@@ -147,7 +172,7 @@ def _receiving(model: MoELM, rows: list[int], received: list[int]) -> Iterator[N
 
     MeshExchange.all_to_all = counted  # type: ignore[method-assign]
     try:
-        yield
+        yield rows, received
     finally:
         MeshExchange.all_to_all = all_to_all  # type: ignore[method-assign]
         for hook in hooks:

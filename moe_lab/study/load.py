@@ -166,9 +166,9 @@ def _loads(trace: RoutingTrace, domain: str, tokens_t: Int[Tensor, " t"], window
     return loads
 
 
-def packing_order(trace: RoutingTrace) -> Int[Tensor, " T"]:
+def packing_order(trace: RoutingTrace, seed: int = 0) -> Int[Tensor, " T"]:
     """Token indices with whole documents in a shuffled order."""
-    place_G = np.random.default_rng(0).permutation(len(trace.info.documents))
+    place_G = np.random.default_rng(seed).permutation(len(trace.info.documents))
     return torch.from_numpy(place_G)[trace.document_T.long()].argsort(stable=True)
 
 

@@ -15,7 +15,8 @@ T tokens a rank, R = T * K * load rows on the rank of a layer, N = dp * sp * ep 
 The most at once is in backward: parameters, optimizer, weights outside blocks, and the largest of its stages. It
 begins with all activations and the logits' gradients. In a block, activations are left of this one and those before,
 but of what follows the last; there are gradients of the head, of this rank's whole experts and of the blocks done, cut
-but for one that is still whole, beside the gathered block and two times the rows, with ep > 1 three.
+but for one that is still whole, beside the gathered block and two times the rows; with ep > 1 three times, and this
+block's combined outputs are gone.
 """
 
 from __future__ import annotations
@@ -26,12 +27,14 @@ from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from moe_lab.config import check_int
 from moe_lab.models.lm import VOCAB, LMConfig, MoELM
 from moe_lab.parallel.sharding import check_layout, expert_dim
-from moe_lab.study.ranks import rank_load
+from moe_lab.study.load import packing_order
+from moe_lab.study.ranks import block_placement, forward_rows
 from moe_lab.study.trace import RoutingTrace
 
 FLOAT, INT = 4, 8
@@ -100,7 +103,7 @@ def plan(config: LMConfig, layout: Layout, tokens: int, load: float | Sequence[f
     shapes = weights(config)
     parameters = FLOAT * sum(shard(config, layout, name, shape) for name, shape in shapes.items())
     optimizer = 2 * parameters + FLOAT * len(shapes)
-    rows_L = [math.ceil(tokens * moe.top_k * one) for one in loads]
+    rows_L = [math.ceil(round(tokens * moe.top_k * one, 6)) for one in loads]  # n / T / K may be a bit above n
     outside, block = gathered(shapes, layout)
     logits = FLOAT * 2 * tokens * VOCAB
     kept = activations(config, layout, tokens, rows_L)
@@ -119,6 +122,30 @@ def plan(config: LMConfig, layout: Layout, tokens: int, load: float | Sequence[f
     )
 
 
+def beforehand(config: LMConfig, layout: Layout, tokens: int, trace: RoutingTrace) -> Footprint:
+    """What all but one of a thousand steps stay within, if they route as a trace of the model does: p99.9 by term.
+
+    Every forward of the trace, packed as `rank_load` packs it, is planned on each rank with the rows of each of its
+    layers: they are seldom all full at once. A trace of fewer forwards than a thousand gives its fullest; one shorter
+    than a forward is one. `ValueError` for a trace of other layers or experts, and as `plan` does.
+    """
+    shape = (config.num_layers, config.moe.num_experts, config.moe.top_k)
+    if (trace.num_layers, trace.num_experts, trace.top_k) != shape:
+        raise ValueError(
+            f"the trace has {trace.num_layers} layers of {trace.num_experts} experts, top {trace.top_k}, the model "
+            f"{shape[0]} of {shape[1]}, top {shape[2]}"
+        )
+    if layout.ep == 1:
+        return plan(config, layout, tokens)  # a rank has all experts
+    rank_E = block_placement(trace.num_experts, layout.ep)
+    packed = max(1, min(tokens, int(trace.valid_T.sum()) // layout.ep))
+    rows_WLR = forward_rows(trace, packing_order(trace), rank_E, layout.ep, packed)
+    loads_NL = rows_WLR.transpose(1, 2).flatten(0, 1) / (packed * trace.top_k)
+    planned = np.array([plan(config, layout, tokens, load_L) for load_L in loads_NL.tolist()])
+    by_forward = planned.reshape(-1, layout.ep, planned.shape[1]).max(axis=1)
+    return Footprint(*np.quantile(by_forward, 0.999, axis=0, method="higher").tolist())
+
+
 def _in_experts(config: LMConfig, layout: Layout, tokens: int, rows_L: Sequence[int], block: int) -> int:
     """Bytes as the last of the blocks whose rows are given undoes its experts, beside weights that are always there."""
     experts, dense = _block_weights(config, layout)
@@ -127,7 +154,8 @@ def _in_experts(config: LMConfig, layout: Layout, tokens: int, rows_L: Sequence[
     gradients = FLOAT * VOCAB * config.moe.dim + experts + done * cut
     still_whole = block if done else 0
     kept = sum(block_activations(config, layout, tokens, rows) for rows in rows_L)
-    moving = (3 if layout.ep > 1 else 2) * FLOAT * rows_L[-1] * config.moe.dim
+    rows, outputs = rows_L[-1] * config.moe.dim, tokens * config.moe.top_k * config.moe.dim
+    moving = FLOAT * (3 * rows - outputs if layout.ep > 1 else 2 * rows)
     return kept + gradients + block + still_whole + moving
 
 
@@ -218,9 +246,3 @@ def block_activations(config: LMConfig, layout: Layout, tokens: int, rows: int) 
 def _gathered_positions(config: LMConfig, layout: Layout, tokens: int) -> int:
     """Numbers that attention keeps of other ranks' positions: keys and values of all, and a mask (l, L)."""
     return 2 * layout.sp * tokens * config.moe.dim + layout.positions(config) * config.max_length
-
-
-def trace_load(trace: RoutingTrace, layout: Layout, tokens: int) -> float:
-    """Rows of the fullest rank over the mean at the p99.9 of the trace's forwards and layers."""
-    found = rank_load(trace, layout.ep, tokens)
-    return found.rows_p999 / found.rows_mean

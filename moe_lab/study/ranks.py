@@ -97,9 +97,27 @@ def rank_load(
 
     Raises `ValueError` for a placement that does not fit and a trace shorter than one forward.
     """
-    check_int("tokens_per_rank", tokens_per_rank, 1)
     rank_E = _placement(placement, trace.num_experts, ranks)
+    check_int("tokens_per_rank", tokens_per_rank, 1)
     order_T = packing_order(trace) if shuffle else torch.arange(trace.num_tokens)
+    rows_WLR = forward_rows(trace, order_T, rank_E, ranks, tokens_per_rank).double()
+    largest_N = rows_WLR.amax(dim=-1).flatten()
+    chance = chance_straggler(ranks * tokens_per_rank, trace.top_k, rank_E, ranks, repeats=len(largest_N))
+    p50, p999 = np.quantile(largest_N.numpy(), [0.5, 0.999])
+    straggler = float(largest_N.sum() / rows_WLR.mean(dim=-1).sum())
+    windows, layers, _ = rows_WLR.shape
+    return RankLoad(
+        ranks, tokens_per_rank, windows, layers, straggler, *chance, float(rows_WLR.mean()), float(p50), float(p999)
+    )
+
+
+def forward_rows(
+    trace: RoutingTrace, order_T: Int[Tensor, " T"], rank_E: Int[Tensor, " E"], ranks: int, tokens_per_rank: int
+) -> Int[Tensor, "W L ranks"]:
+    """Rows that each rank receives in every layer of W forwards, each of the next ranks x tokens_per_rank valid tokens.
+
+    `order_T`: indices of tokens. `rank_E`: the rank of each expert. `ValueError` for fewer tokens than a forward has.
+    """
     order_T = order_T[trace.valid_T[order_T]]
     window = ranks * tokens_per_rank
     windows = len(order_T) // window
@@ -109,14 +127,7 @@ def rank_load(
         )
     window_T = torch.full((trace.num_tokens,), -1)
     window_T[order_T[: windows * window]] = torch.arange(windows * window) // window
-    rows_LWR = rank_rows(trace.counts_by(window_T, windows), rank_E, ranks).double()
-    largest_N = rows_LWR.amax(dim=-1).flatten()
-    chance = chance_straggler(window, trace.top_k, rank_E, ranks, repeats=len(largest_N))
-    p50, p999 = np.quantile(largest_N.numpy(), [0.5, 0.999])
-    straggler = float(largest_N.sum() / rows_LWR.mean(dim=-1).sum())
-    return RankLoad(
-        ranks, tokens_per_rank, windows, trace.num_layers, straggler, *chance, float(rows_LWR.mean()), p50, p999
-    )
+    return rank_rows(trace.counts_by(window_T, windows), rank_E, ranks).transpose(0, 1)
 
 
 def chance_straggler(

@@ -66,7 +66,8 @@ def memory(result: dict[str, Any]) -> Figure:
         heading(
             axes,
             "Memory of the fullest rank",
-            "left bar planned at the p99.9 of another text's load, right bar counted · line: the most at once",
+            "left bar planned beforehand from another text's routing, right bar counted in the fullest of "
+            f"{result['steps_watched']:,} steps · line: the most at once",
         )
         for side, shift in (("beforehand", -0.2), ("counted", 0.2)):
             bottom = np.zeros(len(layouts))
@@ -93,7 +94,7 @@ def memory(result: dict[str, Any]) -> Figure:
 
 
 def layout_table(result: dict[str, Any]) -> str:
-    """By layout: the most at once, counted, what plans differ from it, and time of a step."""
+    """By layout: the most at once, counted in the fullest step, what plans differ from it, and time of a step."""
     rows = [["layout", "counted MiB", "planned, rows that came", "planned beforehand", "ms a step"]]
     for name, found in result["bytes"].items():
         counted = found["counted"]["peak"]
@@ -104,11 +105,11 @@ def layout_table(result: dict[str, Any]) -> str:
 
 def term_table(found: dict[str, dict[str, int]]) -> str:
     """One layout's bytes, term by term: counted, planned at the rows that came, and beforehand."""
-    rows = [["bytes", "counted", "planned, rows that came", "planned beforehand", "above"]]
+    rows = [["bytes", "counted", "planned, rows that came", "planned beforehand", "off by"]]
     for term, counted in found["counted"].items():
         planned, beforehand = found["planned"][term], found["beforehand"][term]
-        above = f"{beforehand / counted - 1:+.1%}" if counted else ""
-        rows.append([term, f"{counted:,}", f"{planned:,}", f"{beforehand:,}", above])
+        off = f"{beforehand / counted - 1:+.1%}" if counted else ""
+        rows.append([term, f"{counted:,}", f"{planned:,}", f"{beforehand:,}", off])
     return table(rows)
 
 

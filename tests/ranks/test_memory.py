@@ -7,66 +7,91 @@ from pathlib import Path
 import pytest
 import torch
 
-from moe_lab.jobs.memory import measure
+from moe_lab.jobs.layouts import memory, other_trace
+from moe_lab.jobs.memory import measure, watch_steps
 from moe_lab.models.lm import MoELM
 from moe_lab.parallel import RankPool
-from moe_lab.study.planner import Layout, plan, trace_load
-from moe_lab.study.recorder import record
+from moe_lab.study.planner import Layout, plan
 from tests.test_lm import TINY
 
 CONFIG = dataclasses.replace(TINY, max_length=64, moe=TINY.moe.replace(dim=64, hidden_dim=16, num_experts=8))
-BATCH = 8
+UNEVEN = dataclasses.replace(CONFIG, max_length=63)
+BATCH, STEPS = 8, 100
 
 
-@pytest.fixture(scope="module")
-def text_BL():
-    """Sequences of real text, with the byte after each."""
-    length = CONFIG.max_length + 1
-    return torch.tensor(list(Path(argparse.__file__).read_bytes()[: 100 * length])).view(100, length)
-
-
-@pytest.fixture(scope="module")
-def trace(text_BL):
-    """Of the model that `measure` builds, on text that it does not see."""
+def model_of(config):
     torch.manual_seed(0)
-    model = MoELM(CONFIG)
-    with record(model) as recorder, torch.no_grad():
-        model(text_BL[BATCH:, :-1])
-    return recorder.trace()
+    return MoELM(config)
 
 
-def check(held, layout, trace, config=CONFIG):
-    """At the rows that came, every term to the byte and the peak within 10 %; beforehand, no term is above the plan.
+def drawn_steps(config):
+    """Batches of real text, drawn at random, (S, B, max_length + 1)."""
+    length = config.max_length + 1
+    text_NL = torch.tensor(list(Path(argparse.__file__).read_bytes())).unfold(0, length, length)
+    return text_NL[torch.randint(len(text_NL), (STEPS, BATCH), generator=torch.Generator().manual_seed(0))]
 
-    Beforehand is at the tail of another text's routing, which one ordinary step does not reach.
-    """
+
+@pytest.fixture(scope="module")
+def trace():
+    """Of text that no step sees."""
+    return other_trace(model_of(CONFIG))
+
+
+def check_each_rank(held, layout, config=CONFIG):
+    """At the rows that came to it, what depends on them to the byte, and the peak within 10 %."""
     tokens = BATCH * layout.sp // layout.ranks * layout.positions(config)
-    beforehand = plan(config, layout, tokens, trace_load(trace, layout, tokens))
     for rank in held:
         came = plan(config, layout, tokens, [rows / (tokens * config.moe.top_k) for rows in rank.rows])
         for name in ("activations", "receive", "gathered"):
             assert rank.terms[name] == getattr(came, name), name
         assert rank.peak == pytest.approx(came.peak, rel=0.1)
-        for name, counted in rank.terms.items():
-            assert counted <= getattr(beforehand, name), name
-    for name in ("parameters", "gradients", "optimizer"):
-        assert max(rank.terms[name] for rank in held) == getattr(beforehand, name), name
 
 
-def test_one_process(text_BL, trace):
-    check([measure(CONFIG, text_BL[:BATCH], None)], Layout(1), trace)
+def check_fullest(found):
+    """What was used at most in all steps, as planned at its rows and as planned beforehand from other text."""
+    counted, came, before = found["counted"], found["planned"], found["beforehand"]
+    for name in ("parameters", "gradients", "optimizer", "activations", "receive", "gathered"):
+        assert counted[name] == came[name], name
+    for name in counted:
+        assert before[name] == pytest.approx(counted[name], rel=0.1), name
 
 
-def test_two_ranks(text_BL, trace):
-    uneven = dataclasses.replace(CONFIG, max_length=63)
+def test_one_process(trace):
+    model, steps = model_of(CONFIG), drawn_steps(CONFIG)
+    check_each_rank([measure(model, steps[0], None)], Layout(1))
+    check_fullest(memory(model, Layout(1), steps, trace))
+
+
+def test_two_ranks(trace):
+    model, steps = model_of(CONFIG), drawn_steps(CONFIG)
     with RankPool(2, backend="gloo") as pool:
-        check(pool.run(measure, CONFIG, text_BL[:BATCH], 2), Layout(2, 2), trace)
-        check(pool.run(measure, CONFIG, text_BL[:BATCH], 1, 2), Layout(2, sp=2), trace)
-        fullest = pool.run(measure, uneven, text_BL[:BATCH, :64], 1, 2)[:1]  # the other has padding for a position
-        check(fullest, Layout(2, sp=2), trace, uneven)
+        check_each_rank(pool.run(measure, model, steps[0], 2), Layout(2, 2))
+        check_fullest(memory(model, Layout(2, 2), steps, trace, pool))
+        check_fullest(memory(model, Layout(2, sp=2), steps, trace, pool))
+        held = pool.run(measure, model_of(UNEVEN), drawn_steps(UNEVEN)[0], 1, 2)
+        check_each_rank(held[:1], Layout(2, sp=2), UNEVEN)  # the other has padding for a position
 
 
-def test_four_ranks(text_BL, trace):
+@pytest.mark.parametrize(("ep", "sp"), [(1, 1), (2, 1), (4, 1), (1, 4), (2, 2), (1, 2)])
+def test_four_ranks(four, trace, ep, sp):
+    model, steps = model_of(CONFIG), drawn_steps(CONFIG)
+    check_each_rank(four.run(measure, model, steps[0], ep, sp), Layout(4, ep, sp))
+    check_fullest(memory(model, Layout(4, ep, sp), steps, trace, four))
+
+
+@pytest.fixture(scope="module")
+def four():
     with RankPool(4, backend="gloo") as pool:
-        for ep, sp in ((1, 1), (2, 1), (4, 1), (1, 4), (2, 2), (1, 2)):
-            check(pool.run(measure, CONFIG, text_BL[:BATCH], ep, sp), Layout(4, ep, sp), trace)
+        yield pool
+
+
+def test_what_comes_is_counted_step_by_step(four):
+    """All assignments of a step come to some rank, and the largest buffer is that of the layer with most rows."""
+    steps = drawn_steps(CONFIG)[:3]
+    came_RS = four.run(watch_steps, model_of(CONFIG), steps, 4)
+    for step in range(3):
+        rows_RL = torch.tensor([came_S[step].rows for came_S in came_RS])
+        assert rows_RL.sum(0).tolist() == [BATCH * CONFIG.max_length * CONFIG.moe.top_k] * CONFIG.num_layers
+        assert [came_S[step].receive for came_S in came_RS] == (4 * 64 * rows_RL.amax(1)).tolist()
+    first = four.run(measure, model_of(CONFIG), steps[0], 4)
+    assert [rank.rows for rank in first] == [came_S[0].rows for came_S in came_RS]

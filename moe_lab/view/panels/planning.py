@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from moe_lab import data
 from moe_lab.config import MoEConfig
 from moe_lab.models.lm import SMALL, LMConfig
-from moe_lab.study.planner import Footprint, Layout, plan, trace_load
+from moe_lab.study.planner import Footprint, Layout, beforehand, plan
 from moe_lab.view import theme
 from moe_lab.view.panels.base import Panel, control
 from moe_lab.view.pictures import heading, inset
@@ -37,10 +37,9 @@ opened = cache(data.open)
 
 
 @cache
-def tail(source: str, ep: int, tokens: int) -> float:
-    """Load of the fullest of `ep` ranks at the p99.9 of a shipped trace, of no more tokens a rank than it has."""
-    trace = opened(source)
-    return trace_load(trace, Layout(ep, ep), min(tokens, trace.num_tokens // ep))
+def at_the_tail(source: str, config: LMConfig, layout: Layout, tokens: int) -> Footprint:
+    """Beforehand, from a shipped trace."""
+    return beforehand(config, layout, tokens, opened(source))
 
 
 class PlannerPanel(Panel):
@@ -68,14 +67,8 @@ class PlannerPanel(Panel):
         config, layout = MODELS[self.model.value], Layout(self.ranks.value, ep, self.sp.value)
         tokens = sequences * layout.positions(config)
         if self.load.value != TRACE:
-            load = min(LOADS[self.load.value], float(ep))
-        elif config.moe.num_experts != SMALL.moe.num_experts:
-            raise ValueError(
-                f"the trace has {SMALL.moe.num_experts} experts, not {config.moe.num_experts}: set the load"
-            )
-        else:
-            load = tail(self._source, ep, tokens)
-        return plan(config, layout, tokens, load)
+            return plan(config, layout, tokens, min(LOADS[self.load.value], float(ep)))
+        return at_the_tail(self._source, config, layout, tokens)
 
     def _update(self) -> None:
         self.shown = self.footprint(self.ep.value, self.sequences.value)
