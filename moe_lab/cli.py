@@ -1,7 +1,8 @@
 """The command line: `moe-lab lab | corpus | train | record | report | balance | bench | sweep | ...`, see `JOBS`.
 
 `lab` lives here; every other command is a module of `moe_lab.jobs`, imported only when it is chosen, that
-offers `add_arguments(parser)` and `main(args)`. Bad input is a `ValueError`, shown as a usage error.
+offers `add_arguments(parser)` and `main(args)`. Bad input is a `ValueError`, or an `OSError` of a file that is not
+there, shown as a usage error.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         return args.main(args) or 0
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"moe-lab {args.command}: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

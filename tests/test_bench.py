@@ -120,6 +120,8 @@ def test_an_interrupt_keeps_what_was_measured_and_leaves_no_process(tmp_path):
         (["--dtype", "int8"], "dtype='int8' is not known"),
         (["--rounds", "0"], "rounds=0 must be"),
         (["--tokens", "0"], "tokens=0 must be"),
+        (["--ep", "2"], "^ep: for many ranks, start with torchrun"),
+        (["--kinds", "equal", "--iterations", "9"], "^kinds, iterations: for many ranks, start with torchrun"),
     ],
 )
 def test_bad_options_are_named(tiny, argv, message):

@@ -1,4 +1,5 @@
 import os
+import re
 import sys
 from types import ModuleType
 
@@ -33,6 +34,26 @@ def test_a_job_gets_its_own_arguments(job):
 def test_bad_input_is_a_usage_error_without_a_traceback(job, capsys):
     assert cli.main(["train", "--steps", "-1"]) == 2
     assert capsys.readouterr().err == "moe-lab train: error: steps=-1 must be at least 0\n"
+
+
+def test_a_file_that_is_not_there_is_a_usage_error(capsys, tmp_path):
+    assert cli.main(["report", "--corpus", str(tmp_path / "none"), "--out", str(tmp_path / "report.json")]) == 2
+    assert "moe-lab report: error: No such file or directory" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "name", "message"),
+    [
+        (["sweep", "--json"], "none/sweep.json", "has no folder: make .*none' first"),
+        (["bench", "layer", "--json"], "none/layer.json", "has no folder: make .*none' first"),
+        (["import", "counts", "counts.csv", "--out"], "", "is a folder, must be a file"),
+    ],
+)
+def test_results_that_could_not_be_written_are_refused_before_the_work(capsys, tmp_path, argv, name, message):
+    with pytest.raises(SystemExit) as exit_:
+        cli.main([*argv, str(tmp_path / name)])
+    assert exit_.value.code == 2
+    assert re.search(message, capsys.readouterr().err)
 
 
 def test_only_the_chosen_job_is_imported(job, monkeypatch, capsys):

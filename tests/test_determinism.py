@@ -151,6 +151,15 @@ def test_the_command_writes_what_the_page_reads(tmp_path, monkeypatch, capsys):
     assert len(str(view.PriceText(machine.prices)).splitlines()) == 1 + len(machine.prices)
 
 
+@pytest.mark.parametrize("tokens", ["27", "2530"])
+def test_tokens_are_no_more_than_the_text_has(tokens):
+    parser = argparse.ArgumentParser()
+    job.add_arguments(parser)
+    with pytest.raises(ValueError, match=f"tokens={tokens} must be an integer from 28 to 2529"):
+        job.main(parser.parse_args(["--tokens", tokens]))
+    assert max(job.PRICED["cpu"]) == 2529
+
+
 def test_a_gpu_that_is_not_here_is_an_error():
     parser = argparse.ArgumentParser()
     job.add_arguments(parser)

@@ -53,6 +53,7 @@ def test_a_file_of_something_else_is_not_gone_on_with(tmp_path):
         (["--backends", "auto"], "backends='auto' is not known"),
         (["--direction", "back"], "direction='back' is not known"),
         (["--device", "tpu"], "device='tpu' is not known"),
+        (["--top-k", "8"], r"top_k=\[8\] must have one of at most experts=\[4\]"),
     ],
 )
 def test_bad_options_are_named(tmp_path, argv, message):

@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from moe_lab.config import check_int
 from moe_lab.jobs.corpus_file import Corpus, load_corpus
+from moe_lab.jobs.options import new_file
 from moe_lab.jobs.train import TrainConfig, Trainer
 from moe_lab.layer.capacity import capacity
 from moe_lab.layer.router import Routing
@@ -198,7 +199,7 @@ def _about(base: TrainConfig, device: str, windows: int) -> dict[str, Any]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `moe-lab balance`."""
     parser.add_argument("--corpus", type=Path, required=True, help="file written by moe-lab corpus")
-    parser.add_argument("--out", type=Path, required=True, help="JSON file of the results, whole after every run")
+    parser.add_argument("--out", type=new_file, required=True, help="JSON file of the results, whole after every run")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--methods", nargs="+", default=list(TRAINED), metavar="METHOD", help="by name (default: all)")
     parser.add_argument("--seeds", type=int, default=3)

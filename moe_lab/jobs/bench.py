@@ -26,6 +26,7 @@ from moe_lab.jobs.bench_inputs import DEFAULT_TOKENS, SKEW, TOKENS, Inputs, defa
 from moe_lab.jobs.bench_run import Settings, fields_of, phase_rows, timed
 from moe_lab.jobs.contests import FIELDS, Contest, hold
 from moe_lab.jobs.kernel_bench import kernel_rows
+from moe_lab.jobs.options import new_file
 from moe_lab.study import timing
 from moe_lab.study.measurement_text import lines
 from moe_lab.study.measurements import Measurement, Measurements
@@ -39,12 +40,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     parser.add_argument("--dtype", default="bfloat16", help="bfloat16 (default), float16 or float32")
     parser.add_argument("--preset", action="append", help=f"repeatable; default: {', '.join(DEFAULT_LAYERS)}")
-    parser.add_argument("--tokens", type=int, help=f"default: {DEFAULT_TOKENS}, or {TOKENS}")
+    parser.add_argument("--tokens", type=int, help=f"default: {_defaults()}")
     parser.add_argument("--backends", default="all", help="all (default) or some of ours, separated by commas")
     parser.add_argument("--peers", default="all", help="all (default), none, or some, separated by commas")
     parser.add_argument("--rounds", type=int, default=8, help="rounds that every arm runs in turn (default 8)")
     parser.add_argument("--compile", action="store_true", help="each arm under torch.compile too")
-    parser.add_argument("--json", type=Path, help="also write the numbers, with the environment, here")
+    parser.add_argument("--json", type=new_file, help="also write the numbers, with the environment, here")
     ranks = parser.add_argument_group("bench layer under torchrun, over all ranks (see moe_lab.jobs.ranks_bench)")
     ranks_bench.add_arguments(ranks)
 
@@ -55,6 +56,7 @@ def main(args: argparse.Namespace) -> int:
         check_choice("bench", args.what, ("layer",))
         ranks_bench.main_under_torchrun(args)
         return 0
+    ranks_bench.refuse_options(args)
     device = checked_device(args.device)
     check_int("rounds", args.rounds, 1)
     if args.tokens is not None:
@@ -72,6 +74,7 @@ def main(args: argparse.Namespace) -> int:
     try:
         for name, config in layers.items():
             tokens = default_tokens(name) if args.tokens is None else args.tokens
+            print(f"{name}, {tokens:,} tokens: comparing what every arm computes", file=sys.stderr)
             inputs = make_inputs(config, tokens, device, getattr(torch, args.dtype))
             contest = hold(args.what, inputs, backends, peers)
             of = fields_of(args.what, name, inputs, SKEW, str(facts["device"]))
@@ -97,6 +100,10 @@ def _measured(
         yield list(phase_rows(contest, settings, of))
         if "fused" in contest.arms:
             yield list(kernel_rows(inputs, settings.rounds, of | {"bench": "kernels"}))
+
+
+def _defaults() -> str:
+    return ", ".join([str(DEFAULT_TOKENS), *(f"{tokens} for {layer}" for layer, tokens in TOKENS.items())])
 
 
 def _names(option: str, given: str, known: Sequence[str] | Any) -> list[str]:

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from moe_lab.jobs.corpus_file import Corpus, Split, gzip_bits_per_byte, save_corpus, save_manifest
 from moe_lab.jobs.dedup import WINDOW, seen_windows, thin
+from moe_lab.jobs.options import new_file
 from moe_lab.jobs.sources import DOMAINS, Roots, is_text, list_sources, read_source
 from moe_lab.study.trace import Document
 
@@ -187,7 +188,7 @@ def table(corpus: Corpus) -> str:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `moe-lab corpus`."""
-    parser.add_argument("--out", type=Path, required=True, help="corpus file to write (.safetensors)")
+    parser.add_argument("--out", type=new_file, required=True, help="corpus file to write (.safetensors)")
     parser.add_argument("--manifest", type=Path, help="also write the list of files with their hashes (JSON)")
     parser.add_argument("--seed", type=int, default=CorpusConfig.seed, help="another seed, another split")
 

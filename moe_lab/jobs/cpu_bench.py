@@ -27,6 +27,7 @@ from moe_lab.config import check_choice
 from moe_lab.jobs.bench_inputs import SKEW, Inputs, dense_bound, layer_config, make_inputs
 from moe_lab.jobs.bench_run import Settings, fields_of, timed
 from moe_lab.jobs.contests import FIELDS, hold
+from moe_lab.jobs.options import new_file
 from moe_lab.jobs.peers import ours
 from moe_lab.kernels import crew
 from moe_lab.layer.plan import plan_local
@@ -141,7 +142,7 @@ def text(table: Measurements) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Measure and print, or print what is stored; an interrupt keeps what was measured. Returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m moe_lab.jobs.cpu_bench", description=__doc__.splitlines()[0])
-    parser.add_argument("--json", type=Path, help="the file to write")
+    parser.add_argument("--json", type=new_file, help="the file to write")
     parser.add_argument("--show", type=Path, help="only print a file")
     parser.add_argument("--rounds", type=int, default=8, help="rounds that every arm runs in turn (default 8)")
     parser.add_argument("--memory", nargs=3, help=argparse.SUPPRESS)

@@ -19,21 +19,23 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from tqdm import tqdm
 
 from moe_lab import data
-from moe_lab.config import MoEConfig, check_choice
+from moe_lab.config import MoEConfig, check_choice, check_int
 from moe_lab.jobs.exchange_runs import page_inputs
 from moe_lab.jobs.exchange_table import cpu_model
+from moe_lab.jobs.options import new_file
 from moe_lab.layer.moe import MoE
 from moe_lab.parallel.ranks import RankPool
 from moe_lab.parallel.virtual import VirtualRanks
 from moe_lab.parallel.wire import wire
 from moe_lab.study import timing
-from moe_lab.study.determinism import Difference, Ladder, arms_on, climb, make_arm
+from moe_lab.study.determinism import LEAST, Difference, Ladder, arms_on, climb, make_arm
 
 FORMAT = "moe_lab determinism"
 LAYER, TOKENS = 3, 640
-PRICED = {"cpu": (1, 7, 64, 2560), "cuda": (1, 7, 256, 4096, 16384)}
+PRICED = {"cpu": (1, 7, 64, 2529), "cuda": (1, 7, 256, 4096, 16384)}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -91,7 +93,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=int, default=TOKENS, help="of the shipped text (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=15, help="of timing (default: %(default)s)")
     parser.add_argument("--skip", choices=("bits", "price"), help="leave one half out")
-    parser.add_argument("--json", type=Path, help="write the results here, beside other machines'")
+    parser.add_argument("--json", type=new_file, help="write the results here, beside other machines'")
 
 
 def main(args: argparse.Namespace) -> None:
@@ -99,6 +101,7 @@ def main(args: argparse.Namespace) -> None:
     check_choice("device", args.device, ("cpu", "cuda"))
     if args.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device='cuda': no GPU is here")
+    check_int("tokens", args.tokens, LEAST, len(page_inputs(args.layer)[1]))
     device = torch.device(args.device)
     machine = timing.environment(device)
     machine |= {} if device.type == "cuda" else {"device": f"{cpu_model()}, {torch.get_num_threads()} threads"}
@@ -124,7 +127,7 @@ def _bits(args: argparse.Namespace, device: torch.device, dtype: str) -> list[La
     moe, x_TD = page_inputs(args.layer)
     moe, x_TD = copy.deepcopy(moe).to(device, DTYPES[dtype]), x_TD[: args.tokens].to(device, DTYPES[dtype])
     ladders = []
-    for arm in arms_on(device, DTYPES[dtype]):
+    for arm in tqdm(arms_on(device, DTYPES[dtype]), f"bits, {dtype}", unit="arm", file=sys.stderr, disable=None):
         try:
             ladders.append(climb(moe, x_TD, arms=[arm]))
         except RuntimeError as error:  # products that this device does not have in this dtype

@@ -13,7 +13,6 @@ import argparse
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from torch import Tensor
 from moe_lab import phases
 from moe_lab.config import MoEConfig, RouterConfig
 from moe_lab.jobs.exchange_table import PHASES, PairedTimes, describe, paired, phase_table, save
+from moe_lab.jobs.options import new_file
 from moe_lab.layer.all_to_all import AllToAllTokenDispatcher
 from moe_lab.layer.router import Routing, route
 from moe_lab.parallel.mesh import MeshExchange
@@ -138,7 +138,7 @@ def main() -> None:
     parser.add_argument("--top-k", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--out", type=Path, help="keep the times in this JSON file")
+    parser.add_argument("--out", type=new_file, help="keep the times in this JSON file")
     args = parser.parse_args()
     budget = 1e-5 if args.dtype == "float32" else 2e-2  # the peer rounds weighted rows, we their sum
     found: list[PairedTimes] = []

@@ -13,6 +13,7 @@ import json
 from pathlib import Path
 
 from moe_lab.config import PRESETS, RouterConfig, check_choice
+from moe_lab.jobs.options import new_file
 from moe_lab.study.compare import reproduced
 from moe_lab.study.counts import DIMS, CountsTrace
 from moe_lab.study.files import read_logits, read_routed_experts
@@ -33,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `moe-lab import`."""
     parser.add_argument("kind", choices=KINDS, help="; ".join(f"{name}: {text}" for name, text in KINDS.items()))
     parser.add_argument("path", type=Path, help="file or folder to read")
-    parser.add_argument("--out", type=Path, required=True, help="file to write (safetensors; json for counts)")
+    parser.add_argument("--out", type=new_file, required=True, help="file to write (safetensors; json for counts)")
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--preset", choices=sorted(PRESETS), help="route as this model does")
     how.add_argument("--router", help="""RouterConfig as JSON, such as '{"score_func": "sigmoid"}'""")

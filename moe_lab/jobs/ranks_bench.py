@@ -22,19 +22,32 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from moe_lab.jobs.options import new_file
 from moe_lab.jobs.ranks_inputs import KINDS, Settings, all_settings
 from moe_lab.jobs.ranks_measure import RankResult, measure
 from moe_lab.jobs.ranks_table import Row, describe, gather_rows, save
 from moe_lab.parallel.ranks import RankPool, choose_backend
 from moe_lab.study.timing import environment
 
+DEFAULTS: dict[str, Any] = {"ep": None, "kinds": list(KINDS), "routing": ["skewed"], "iterations": 100}
+
 
 def add_arguments(parser: Any) -> None:
     """Options of their own of a bench over ranks."""
     parser.add_argument("--ep", type=int, help="ranks that share the experts (default all), the rest data parallel")
-    parser.add_argument("--kinds", nargs="+", default=list(KINDS), help=f"of {', '.join(KINDS)} (default all)")
-    parser.add_argument("--routing", nargs="+", default=["skewed"], help="of skewed (default), zipf, trace")
-    parser.add_argument("--iterations", type=int, default=100, help="of each arm (default 100)")
+    parser.add_argument("--kinds", nargs="+", help=f"of {', '.join(KINDS)} (default all)")
+    parser.add_argument("--routing", nargs="+", help="of skewed (default), zipf, trace")
+    parser.add_argument("--iterations", type=int, help="of each arm (default 100)")
+    parser.set_defaults(**DEFAULTS)
+
+
+def refuse_options(args: argparse.Namespace) -> None:
+    """`ValueError` for options of many ranks, which one process would not look at."""
+    given = [name for name, default in DEFAULTS.items() if getattr(args, name) != default]
+    if given:
+        raise ValueError(
+            f"{', '.join(given)}: for many ranks, start with torchrun --nproc-per-node N -m moe_lab bench layer"
+        )
 
 
 def settings_of(args: argparse.Namespace) -> list[Settings]:
@@ -87,7 +100,7 @@ def main() -> None:
     parser.add_argument("--preset", action="append", help="repeatable, such as 10B_2B/8 (default 10B_2B)")
     parser.add_argument("--tokens", type=int, help="tokens a rank (default 16384)")
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--json", type=Path, help="also write the numbers, with the environment, here")
+    parser.add_argument("--json", type=new_file, help="also write the numbers, with the environment, here")
     add_arguments(parser)
     args = parser.parse_args()
     work = settings_of(args)

@@ -12,6 +12,7 @@ import torch
 
 from moe_lab import data
 from moe_lab.jobs.corpus_file import Corpus, Split, gzip_bits_per_byte, load_corpus
+from moe_lab.jobs.options import new_file
 from moe_lab.jobs.record import Passage, record_passages
 from moe_lab.jobs.train import heldout_bits
 from moe_lab.models.lm import MoELM
@@ -73,7 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `moe-lab report`."""
     parser.add_argument("--corpus", type=Path, required=True, help="file written by moe-lab corpus")
     parser.add_argument("--lm", type=Path, help="folder of a trained model (default: the shipped one)")
-    parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
+    parser.add_argument("--out", type=new_file, required=True, help="JSON file to write")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--train-files", type=int, default=60, help="training files a domain that make centroids")
     parser.add_argument("--per-file", type=int, default=2, help="passages of each held-out file to name")

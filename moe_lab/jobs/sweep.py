@@ -25,6 +25,7 @@ from moe_lab.jobs.bench import checked_device
 from moe_lab.jobs.bench_inputs import layer_config, make_inputs
 from moe_lab.jobs.bench_run import Settings, fields_of, timed
 from moe_lab.jobs.contests import BACKENDS, hold
+from moe_lab.jobs.options import new_file
 from moe_lab.study import timing
 from moe_lab.study.crossover import Point, point_of
 from moe_lab.study.measurements import DIRECTIONS, Measurement, Measurements, load
@@ -35,7 +36,7 @@ DIGITS = 4  # of a stored number: what clocks are worth
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `moe-lab sweep`."""
-    parser.add_argument("--json", type=Path, required=True, help="the table to write, or to go on with")
+    parser.add_argument("--json", type=new_file, required=True, help="the table to write, or to go on with")
     parser.add_argument("--preset", default="10B_2B/8", help="D and F (default 10B_2B/8)")
     parser.add_argument("--tokens", type=int, nargs="+", default=[16, 64, 256, 1024, 4096])
     parser.add_argument("--experts", type=int, nargs="+", default=[8, 32, 128])
@@ -78,6 +79,8 @@ def points_of(args: argparse.Namespace) -> Iterator[Point]:
     for tokens, experts, top_k, skew in itertools.product(args.tokens, args.experts, args.top_k, args.skew):
         if top_k <= experts:
             yield Point(tokens, experts, top_k, skew)
+    if min(args.top_k) > max(args.experts):
+        raise ValueError(f"top_k={args.top_k} must have one of at most experts={args.experts}: nothing is left to time")
 
 
 def measure(

@@ -17,14 +17,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from moe_lab.config import check_choice, check_int
+from moe_lab.config import Backend, DropPolicy, check_choice, check_int
 from moe_lab.jobs.corpus_file import Corpus, load_corpus
 from moe_lab.jobs.evaluate import as_tensor, bits
 from moe_lab.layer.losses import switch_loss, transformers_loss, z_loss
@@ -34,6 +34,17 @@ from moe_lab.parallel.sharding import clip_grad_norm
 from moe_lab.study.metrics import load_imbalance
 
 LOSSES = ("switch", "sequence", "global", "hf", "z")
+NUMBERS = {  # options that are fields of the same name
+    "steps": "optimizer steps",
+    "batch": "crops a step",
+    "accumulate": "micro-batches that a step's crops are taken in",
+    "switch_parts": "parts of a micro-batch that the switch loss counts by themselves",
+    "warmup": "steps until the learning rate is whole",
+    "seed": "of weights and crops",
+    "log_every": "steps a line of the log",
+    "save_every": "steps a checkpoint",
+    "learning_rate": "of AdamW, at its highest",
+}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -367,19 +378,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
     parser.add_argument("--no-balancing", action="store_true", help="train without the balancing bias")
     parser.add_argument("--capacity-factor", type=float, help="drop what experts have no room for (default: nothing)")
-    parser.add_argument("--drop-policy", default=SMALL.moe.drop_policy, help="which assignments are dropped")
+    parser.add_argument(
+        "--drop-policy",
+        default=SMALL.moe.drop_policy,
+        choices=get_args(DropPolicy),
+        help="which assignments are dropped",
+    )
     for name in LOSSES:
         parser.add_argument(f"--{name}-coeff", type=float, default=0.0, help=f"weight of the {name} loss of each layer")
-    parser.add_argument("--backend", default=SMALL.moe.backend, help="how expert products are computed")
+    parser.add_argument(
+        "--backend", default=SMALL.moe.backend, choices=get_args(Backend), help="how experts are computed"
+    )
     parser.add_argument("--ep", type=int, default=1, help="ranks that share the experts, under torchrun")
     parser.add_argument("--sp", type=int, default=1, help="ranks that share each sequence, under torchrun")
     parser.add_argument("--checkpointing", action="store_true", help="run blocks again in backward, under torchrun")
     parser.add_argument("--fixed-order", action="store_true", help="sum gradients in the order of ranks")
     parser.add_argument("--compile", action="store_true", help="compile the loss")
     parser.add_argument("--dtype", default=default.dtype, choices=tuple(DTYPES))
-    for name in ("steps", "batch", "accumulate", "switch-parts", "warmup", "seed", "log-every", "save-every"):
-        parser.add_argument(f"--{name}", type=int, default=getattr(default, name.replace("-", "_")))
-    parser.add_argument("--learning-rate", type=float, default=default.learning_rate)
+    for name, what in NUMBERS.items():
+        kind = type(getattr(default, name))
+        option = f"--{name.replace('_', '-')}"
+        parser.add_argument(option, type=kind, default=getattr(default, name), help=f"{what} (default: %(default)s)")
 
 
 def main(args: argparse.Namespace) -> None:

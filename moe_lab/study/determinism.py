@@ -32,6 +32,7 @@ ARMS: dict[str, dict[str, Any]] = {
 }
 QUESTIONS = ("repeat", "recompute", "permuted", "alone", "in seven", "split", "ep 2", "ep 4", "threads")
 ALONE, SEVEN, SPLITS, REPEATS = 1, 7, 4, 3
+LEAST = 4 * SEVEN  # tokens that a ladder needs
 
 
 class Difference(NamedTuple):
@@ -90,7 +91,7 @@ def climb(
     A first run with one thread stands for all; `threads` is the other number of the question of that name. The
     caller's number is restored.
     """
-    check_int("tokens", len(x_TD), 4 * SEVEN)
+    check_int("tokens", len(x_TD), LEAST)
     check_int("threads", threads, 2)
     for question in questions:
         check_choice("question", question, QUESTIONS)

@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 BLOCK_MS = {"cpu": 50.0, "cuda": 250.0}
 FLUSH_BYTES = 256 * 2**20
@@ -71,7 +72,7 @@ def interleave(
 
     repeats = {name: repeats_of(arm) for name, arm in arms.items()}
     times: dict[str, list[list[float]]] = {name: [] for name in arms}
-    for _ in range(1 + rounds):
+    for _ in tqdm(range(1 + rounds), "time", unit="round", delay=2, leave=False, disable=None):
         for name, arm in arms.items():
             times[name].append(block(arm, repeats[name]))
     return {name: counted for name, (_, *counted) in times.items()}
