@@ -56,7 +56,7 @@ def test_files_hold_the_same(tmp_path):
     [
         ("a.json", '{"dims": ["expert"], "counts": [1, -2]}', "counts_SLRE holds -2"),
         ("a.json", '{"dims": ["expert"], "counts": [1.5]}', "nested lists of integers"),
-        ("a.json", '{"dims": ["layer", "expert"], "counts": [[1], [2, 3]]}', "inhomogeneous"),
+        ("a.json", '{"dims": ["layer", "expert"], "counts": [[1], [2, 3]]}', "as long as each other"),
         ("a.json", '{"dims": ["layer"], "counts": [1]}', "'expert' among them"),
         ("a.json", '{"dims": ["expert", "expert"], "counts": [[1]]}', "must be different names"),
         ("a.json", '{"dims": ["time", "expert"], "counts": [[1]]}', "must be different names"),
@@ -66,8 +66,10 @@ def test_files_hold_the_same(tmp_path):
         ("a.json", "[" * 100_000, "is no file of counts"),
         ("a.json", "3", "must hold"),
         ("a.json", "[]", "there must be at least one record"),
-        ("a.json", '[{"expert": 1}]', "record 1: must have 'expert' and 'count'"),
-        ("a.json", '[{"expert": 1, "count": 1, "node": 2}]', "record 1: must have"),
+        ("a.json", '[{"expert": 1}]', "record 1 has 'expert': must have 'expert' and 'count'"),
+        ("a.json", "[[1, 2]]", "a list must be of records"),
+        ("a.csv", "Expert,Tokens\n1,2\n", "record 1 has 'Expert', 'Tokens': must have 'expert' and 'count'"),
+        ("a.json", '[{"expert": 1, "count": 1, "node": 2}]', "record 1 has 'expert', 'count', 'node'"),
         ("a.json", '[{"expert": 1, "count": true}]', "record 1: count=True"),
         ("a.json", '[{"expert": 99999, "count": 1}]', "record 1: expert=99999"),
         ("a.json", '[{"expert": 1, "count": 1}, {"expert": 1, "count": 1}]', "record 2: .* is counted twice"),
@@ -106,3 +108,8 @@ def test_too_many_cells_are_refused_before_they_are_made():
 def test_values_are_checked(counts, message):
     with pytest.raises(ValueError, match=message):
         CountsTrace(counts, (0,), (0,), (0,))
+
+
+def test_a_table_saved_by_excel_is_read(tmp_path):
+    (tmp_path / "excel.csv").write_text("\ufeffexpert, count\n0, 5\n1, 7\n", encoding="utf-8")
+    assert CountsTrace.load(tmp_path / "excel.csv").counts_LE.tolist() == [[5, 7]]

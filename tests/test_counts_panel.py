@@ -106,20 +106,26 @@ def test_the_front_door_picks_the_panel(tmp_path):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("logits.pt", "top_k is needed"),
+        ("logits.pt", r"top_k=8\)\); as ids: its tensors hold floating-point numbers"),
         ("ids.npy", "num_experts is needed"),
         ("counts.csv", "top_k is needed: counts do not say"),
         ("none.safetensors", "does not exist"),
+        ("text.pt", "As logits or ids: .* it is no file of torch.save, or holds more than tensors"),
+        ("text.doc", "As logits or ids: .* its kind '.doc' is not known: must be .pt, .pth, .bin or .safetensors"),
+        ("flat.npy", r"there are \(3, 1\) of torch.int64"),
+        ("text.jsonl", "it has neither 'routed_experts' nor"),
         ("other.json", "is no routing that is known. As counts"),
     ],
 )
 def test_what_is_missing_or_unknown_is_named(tmp_path, name, message):
     torch.save(tuple(torch.randn(2, 5, 4)), tmp_path / "logits.pt")
     np.save(tmp_path / "ids.npy", np.zeros((3, 1, 1), int))
+    np.save(tmp_path / "flat.npy", np.zeros((3, 1), int))
     (tmp_path / "counts.csv").write_text("expert,count\n0,5\n")
-    (tmp_path / "other.json").write_text('{"a": 1}')
+    for text in ("other.json", "text.pt", "text.doc", "text.jsonl"):
+        (tmp_path / text).write_text('{"a": 1}')
     with pytest.raises(ValueError, match=message):
-        open_panel(tmp_path / name)
+        open_panel(tmp_path / name, num_experts=8 if name.startswith("flat") else None)
 
 
 def test_a_path_of_counts_in_the_routing_panel_leads_to_the_other(tmp_path):

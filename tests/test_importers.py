@@ -133,7 +133,7 @@ def test_padding_of_routed_experts_counts_nowhere():
 @pytest.mark.parametrize(
     ("sequences", "fields", "message"),
     [
-        ([], {}, "non-empty list"),
+        ([], {}, "sequences must be integer arrays"),
         (
             sequences_of(2),
             {"valid": [np.array([True])]},

@@ -106,13 +106,14 @@ def read_source(
         ".npy": (_as_ids,),
         ".npz": (_as_ids,),
     }.get(path.suffix, (_as_logits, _as_ids))
-    reasons = []
+    reasons: dict[str, list[str]] = {}
     for read in readers:
         try:
             return read(path, top_k, num_experts, router)
         except ValueError as error:
-            reasons.append(f"{read.__name__.removeprefix('_as_')}: {error}")
-    raise ValueError(f"{str(path)!r} is no routing that is known. As " + "; as ".join(reasons))
+            reasons.setdefault(str(error), []).append(read.__name__.removeprefix("_as_"))
+    told = "; as ".join(f"{' or '.join(kinds)}: {reason}" for reason, kinds in reasons.items())
+    raise ValueError(f"{str(path)!r} is no routing that is known. As {told}")
 
 
 def _as_trace(path: Path, top_k: int | None, num_experts: int | None, router: RouterConfig | None) -> RoutingTrace:
@@ -128,14 +129,18 @@ def _as_logits(path: Path, top_k: int | None, num_experts: int | None, router: R
     if not all(layer.is_floating_point() for layer in logits):
         raise ValueError("its tensors hold integers")
     if top_k is None:
-        raise ValueError("top_k is needed: logits do not say how many experts were chosen")
+        raise ValueError("top_k is needed: logits do not say how many experts were chosen (open_panel(path, top_k=8))")
     return RoutingTrace.from_router_logits(logits, router or RouterConfig(), top_k, valid=mask, source=path.name)
 
 
 def _as_ids(path: Path, top_k: int | None, num_experts: int | None, router: RouterConfig | None) -> RoutingTrace:
     sequences = read_routed_experts(path, top_k=top_k)
+    if any(ids.is_floating_point() for ids in sequences):
+        raise ValueError("its tensors hold floating-point numbers")
     if num_experts is None:
-        raise ValueError("num_experts is needed: experts that nobody chose leave no sign in ids")
+        raise ValueError(
+            "num_experts is needed: experts that nobody chose leave no sign in ids (open_panel(path, num_experts=64))"
+        )
     return from_routed_experts(sequences, num_experts, router=router, source=path.name)
 
 

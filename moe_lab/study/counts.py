@@ -107,8 +107,11 @@ class CountsTrace:
         """
         cells: dict[tuple[int, int, int, int], int] = {}
         for number, record in enumerate(records, 1):
-            if not isinstance(record, Mapping) or not {"expert", "count"} <= set(record) <= {*DIMS, "count"}:
-                raise ValueError(f"record {number}: must have 'expert' and 'count', and of the rest only {DIMS[:3]}")
+            if not {"expert", "count"} <= set(record) <= {*DIMS, "count"}:
+                found = ", ".join(map(repr, record))
+                raise ValueError(
+                    f"record {number} has {found:.120}: must have 'expert' and 'count', and of the rest only {DIMS[:3]}"
+                )
             for name, value in record.items():
                 limit = MAX_EXPERTS - 1 if name == "expert" else 2**62 if name == "count" else 2**31 - 1
                 try:
@@ -152,14 +155,14 @@ class CountsTrace:
                 return cls.from_records(_csv_records(path), num_experts=num_experts)
             content = json.loads(path.read_text(encoding="utf-8"))
             if isinstance(content, list):
+                if not all(isinstance(record, dict) for record in content):
+                    raise ValueError("a list must be of records, such as {'layer': 0, 'expert': 3, 'count': 17}")
                 return cls.from_records(content, num_experts=num_experts)
             if not isinstance(content, dict) or set(content) != {"dims", "counts"}:
                 raise ValueError("must hold {'dims': [...], 'counts': [...]} or a list of records")
             if not isinstance(content["dims"], list) or not all(isinstance(d, str) for d in content["dims"]):
                 raise ValueError("dims must be a list of names")
-            counts = np.asarray(content["counts"])
-            if counts.dtype.kind != "i":
-                raise ValueError("counts must be nested lists of integers, as long as each other")
+            counts = _nested(content["counts"])
             trace = cls.from_tensor(counts, content["dims"])
             if num_experts not in (None, trace.num_experts):
                 raise ValueError(f"num_experts={num_experts} but counts are of {trace.num_experts}")
@@ -168,11 +171,21 @@ class CountsTrace:
             raise ValueError(f"{os.fspath(path)!r} is no file of counts: {error}") from error
 
 
+def _nested(counts: object) -> np.ndarray:
+    try:
+        array = np.asarray(counts)
+    except ValueError:  # lists of different lengths
+        array = np.asarray(None)
+    if array.dtype.kind != "i":
+        raise ValueError("counts must be nested lists of integers, as long as each other")
+    return array
+
+
 def _csv_records(path: Path) -> Iterable[dict[str, int]]:
-    with path.open(encoding="utf-8", newline="") as file:
+    with path.open(encoding="utf-8-sig", newline="") as file:  # Excel begins a file with a mark
         reader = csv.reader(file, strict=True)
         try:
-            header = next(reader, [])
+            header = [name.strip() for name in next(reader, [])]
             if len(set(header)) != len(header):
                 raise ValueError(f"its header names a column twice: {header!r:.80}")
             for cells in reader:

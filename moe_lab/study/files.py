@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import pickle
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 MAX_JSON_FILE = 2**30
+TORCH_SAVE = (".pt", ".pth", ".bin")
 _T = TypeVar("_T")
 
 
@@ -58,9 +60,14 @@ def _guarded(path: Path, read: Callable[[Path], _T]) -> _T:
 def _tensors(path: Path) -> Any:
     if path.suffix == ".safetensors":
         return load_file(path)
-    if path.suffix in (".pt", ".pth", ".bin"):
+    if path.suffix not in TORCH_SAVE:
+        raise ValueError(f"its kind {path.suffix!r} is not known: must be {', '.join(TORCH_SAVE)} or .safetensors")
+    try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    raise ValueError(f"its kind {path.suffix!r} is not known")
+    except pickle.UnpicklingError as error:  # whose text advises to run what the file holds
+        raise ValueError(
+            "it is no file of torch.save, or holds more than tensors: save these alone, such as output.router_logits"
+        ) from error
 
 
 def _logits(path: Path) -> tuple[list[Tensor], Tensor | None]:
@@ -88,6 +95,8 @@ def _routed_experts(path: Path, num_layers: int | None, top_k: int | None) -> li
         text = path.read_text(encoding="utf-8")
         lines = text.splitlines() if path.suffix == ".jsonl" else [text]
         values = [value for line in lines if line.strip() for value in _routed_values(json.loads(line))]
+        if not values:
+            raise ValueError("it has neither 'routed_experts' nor 'prompt_routed_experts'")
         return [_decode(value, num_layers, top_k) for value in values]
     if path.suffix in (".npy", ".npz"):
         loaded = np.load(path, allow_pickle=False)
@@ -126,5 +135,5 @@ def _decode(value: Any, num_layers: int | None, top_k: int | None) -> Tensor:
     if content.startswith(b"\x93NUMPY"):
         return torch.from_numpy(np.load(io.BytesIO(content), allow_pickle=False))
     if num_layers is None or top_k is None:
-        raise ValueError("its ids are bare int32: num_layers and top_k must be given")
+        raise ValueError("its ids are bare int32: num_layers and top_k must be given (moe-lab import ids)")
     return torch.from_numpy(np.frombuffer(content, dtype="<i4").reshape(-1, num_layers, top_k).copy())

@@ -42,7 +42,8 @@ def from_routed_experts(
     check_int("num_experts", num_experts, 1, MAX_EXPERTS)
     parts = [torch.as_tensor(sequence) for sequence in sequences]
     if not parts or any(part.dim() != 3 or part.is_floating_point() or part.dtype == torch.bool for part in parts):
-        raise ValueError("sequences must be a non-empty list of integer arrays (tokens, layers, K)")
+        found = ", ".join(f"{tuple(part.shape)} of {part.dtype}" for part in parts[:3]) or "none"
+        raise ValueError(f"sequences must be integer arrays (tokens, layers, K), one at least: there are {found}")
     if len({part.shape[1:] for part in parts}) > 1:
         raise ValueError(f"sequences differ in layers or K: {sorted({tuple(part.shape[1:]) for part in parts})}")
     num_layers, top_k = parts[0].shape[1:]

@@ -58,7 +58,7 @@ def megatron_parts(
     if missing := set(ranks or ()) - set(found):
         raise ValueError(f"ranks={sorted(missing)} have no file in {folder.name!r}: there are {sorted(found)}")
     if not found:
-        raise ValueError(f"{folder.name!r} holds no router_trace_rank*.jsonl")
+        raise ValueError(f"{str(folder)!r} holds no router_trace_rank*.jsonl")
     config, bias = _state(folder, sorted(found), router)
     layers: tuple[int, ...] | None = None
     for rank in sorted(found if ranks is None else set(ranks)):
