@@ -1,4 +1,5 @@
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -41,23 +42,50 @@ def test_one_process_gathers_and_receives_nothing():
     assert (planned.parameters, planned.receive, planned.gathered) == (4 * 11_488_512, 0, 0)
 
 
-def test_the_peak_is_where_backward_begins_or_where_gradients_are_there():
-    few = plan(TINY, Layout(2), 32)  # logits are most
+def test_the_peak_is_where_backward_begins_while_logits_are_most():
+    few = plan(TINY, Layout(2), 32)
     assert few.peak == few.parameters + few.optimizer + few.activations + 4 * (2 * 256 * 16 + 16) + few.logits
-    wide = plan(WIDE, Layout(2), 32)  # gradients outweigh activations
-    experts, dense = 4 * 64 * 3 * 64 * 16, 4 * (48 * 16 + 16 * 16 + 3 * 64 * 16 + 2 * 16)
-    outside = 4 * (2 * 256 * 16 + 16)
-    gate, head = 4 * 64 * 16, 4 * 256 * 16
-    gradients = head + experts + (experts + dense + gate) // 2  # of the head, of this block's experts, of the other
-    moving = 2 * 4 * 64 * 16
-    kept = block_activations(WIDE, Layout(2), 32, 64)
-    wide_peak = wide.parameters + wide.optimizer + outside + kept + gradients + 2 * (experts + dense) + moving
-    assert wide.peak == wide_peak
-    spread = plan(WIDE, Layout(4, 2), 32)  # half of the experts, cut once more; received rows in place of outputs
-    local = experts // 2
-    gradients = head + local + local // 2 + (dense + gate) // 4
-    spread_peak = spread.parameters + spread.optimizer + outside + kept + gradients + 2 * (local + dense) + moving
-    assert spread.peak == spread_peak
+
+
+MANY = {"num_experts": 64, "hidden_dim": 64}
+MANY_CHOSEN = {"num_experts": 16, "top_k": 16, "hidden_dim": 4, "dim": 128}
+WIDE_CHOSEN = {"num_experts": 16, "top_k": 16, "hidden_dim": 96, "dim": 128}
+FEW = {"num_experts": 4, "hidden_dim": 4, "top_k": 1, "dim": 128}
+
+
+@pytest.mark.parametrize(
+    ("moe", "layout", "tokens", "load", "block", "moment"),
+    [
+        (WIDE_CHOSEN, (2,), 640, 1, 1, lambda of: 3 * of.outputs + of.experts + of.dense),
+        (MANY_CHOSEN, (2,), 32, 1, 1, lambda of: 3 * of.rows - 3 * of.hidden + 2 * of.experts + of.dense),
+        (MANY_CHOSEN, (4, 2), 32, 2, 1, lambda of: 3 * of.rows - 3 * of.hidden + 2 * of.experts + of.dense),
+        (WIDE_CHOSEN, (4, 2), 640, 2, 1, lambda of: 2 * of.rows + 2 * of.experts + of.dense),
+        (MANY, (1,), 32, 1, 0, lambda of: 2 * of.rows - 4 * of.hidden + 4 * of.experts // 3),
+        (MANY, (2,), 32, 1, 0, lambda of: of.rows - 4 * of.hidden + 17 * of.experts // 6 + of.dense),
+        (MANY, (4, 2), 32, 1, 0, lambda of: of.rows - 4 * of.hidden + 17 * of.experts // 6 + of.dense),
+        (FEW, (2,), 32, 1, 1, lambda of: of.rows - 4 * of.hidden + 3 * of.experts // 2 + 3 * of.dense),
+    ],
+)
+def test_the_peak_may_be_in_a_block(moe, layout, tokens, load, block, moment):
+    """Combine or an expert undone, all experts undone, gradients summed, the block before gathered: two layers."""
+    config, layout = dataclasses.replace(TINY, moe=TINY.moe.replace(**moe)), Layout(*layout)
+    D, F, E, K = config.moe.dim, config.moe.hidden_dim, config.moe.num_experts, config.moe.top_k
+    dense, gate = 4 * (4 * D * D + 3 * F * D + 2 * D), 4 * E * D
+    rows = tokens * K * load
+    of = SimpleNamespace(
+        outputs=4 * tokens * K * D,
+        rows=4 * rows * D,
+        hidden=4 * rows * F,
+        experts=4 * E * 3 * F * D // layout.ep,
+        dense=dense,
+    )
+    planned = plan(config, layout, tokens, load)
+    outside = 4 * (2 * 256 * D + D) if layout.ranks > 1 else 0
+    expected = planned.parameters + planned.optimizer + outside + 4 * 256 * D
+    expected += (1 + block) * block_activations(config, layout, tokens, rows) - of.outputs
+    if not block:  # the other one's gradients are there, cut
+        expected += of.experts // layout.replicas + (dense + gate) // layout.ranks
+    assert planned.peak == expected + moment(of)
 
 
 def test_each_layer_may_have_a_load_of_its_own():

@@ -14,9 +14,8 @@ T tokens a rank, R = T * K * load rows on the rank of a layer, N = dp * sp * ep 
 
 The most at once is in backward: parameters, optimizer, weights outside blocks, and the largest of its stages. It
 begins with all activations and the logits' gradients. In a block, activations are left of this one and those before,
-but of what follows the last; there are gradients of the head, of this rank's whole experts and of the blocks done, cut
-but for one that is still whole, beside the gathered block and two times the rows; with ep > 1 three times, and this
-block's combined outputs are gone.
+but of what follows the last; there are gradients of the head and of the blocks done, cut, and what a moment needs: see
+`_in_experts` and `_in_attention`. Sums and gathers take a second buffer, as gloo's do.
 """
 
 from __future__ import annotations
@@ -147,16 +146,39 @@ def beforehand(config: LMConfig, layout: Layout, tokens: int, trace: RoutingTrac
 
 
 def _in_experts(config: LMConfig, layout: Layout, tokens: int, rows_L: Sequence[int], block: int) -> int:
-    """Bytes as the last of the blocks whose rows are given undoes its experts, beside weights that are always there."""
+    """Bytes as the last of the blocks whose rows are given undoes its experts, beside weights that are always there.
+
+    The most of these moments, each beside what is kept of blocks so far and gradients of the head and of blocks done:
+
+    - combine is undone: its outputs, their gradients, and the products that give those of the gates;
+    - then the outputs are gone, and an expert is undone, at most of all rows: gradients of its outputs, and of its
+      input by two weights, where three of its four activations are gone. With ep > 1 at least what came from other
+      ranks and the same in the experts' order;
+    - all are undone: gradients of weights by expert, those of one of the three stacked, and of the input twice;
+    - gradients of the experts' weights are summed over ranks, from one buffer by another to this rank's part, while
+      those of one weight are still there;
+    - dense weights of the block before are gathered, from one buffer to another, beside this one's.
+    """
+    moe = config.moe
     experts, dense = _block_weights(config, layout)
+    outputs, row, hidden = (
+        FLOAT * n for n in (tokens * moe.top_k * moe.dim, rows_L[-1] * moe.dim, rows_L[-1] * moe.hidden_dim)
+    )
     done = config.num_layers - len(rows_L)
-    cut = experts // layout.replicas + dense // layout.ranks
-    gradients = FLOAT * VOCAB * config.moe.dim + experts + done * cut
-    still_whole = block if done else 0
-    kept = sum(block_activations(config, layout, tokens, rows) for rows in rows_L)
-    rows, outputs = rows_L[-1] * config.moe.dim, tokens * config.moe.top_k * config.moe.dim
-    moving = FLOAT * (3 * rows - outputs if layout.ep > 1 else 2 * rows)
-    return kept + gradients + block + still_whole + moving
+    always = sum(block_activations(config, layout, tokens, rows) for rows in rows_L) - outputs
+    always += FLOAT * VOCAB * moe.dim + done * (experts // layout.replicas + dense // layout.ranks)
+    still_whole = dense if done and layout.ranks > 1 else 0
+    moments = [
+        3 * outputs + block + still_whole,
+        row + max(row if layout.ep > 1 else 0, 2 * row - 3 * hidden) + experts + block + still_whole,
+        2 * row - 4 * hidden + experts + experts // 3 + block + still_whole,
+    ]
+    if layout.ranks > 1:
+        mine, whole = experts // layout.replicas, block - experts
+        moments.append(row - 4 * hidden + 2 * experts + experts // 3 + mine + whole)
+        if len(rows_L) > 1:
+            moments.append(row - 4 * hidden + experts + mine + 3 * whole)
+    return always + max(moments)
 
 
 def _in_attention(config: LMConfig, layout: Layout, tokens: int, rows_L: Sequence[int], block: int) -> int:

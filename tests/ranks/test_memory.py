@@ -95,3 +95,11 @@ def test_what_comes_is_counted_step_by_step(four):
         assert [came_S[step].receive for came_S in came_RS] == (4 * 64 * rows_RL.amax(1)).tolist()
     first = four.run(measure, model_of(CONFIG), steps[0], 4)
     assert [rank.rows for rank in first] == [came_S[0].rows for came_S in came_RS]
+
+
+@pytest.mark.parametrize(("ep", "top_k"), [(1, 1), (4, 1), (2, 4)])
+def test_where_weights_are_most(four, ep, top_k):
+    """Three wide blocks and few tokens: what sums and gathers take is more than activations."""
+    moe = CONFIG.moe.replace(dim=256, hidden_dim=16, num_experts=4, top_k=top_k)
+    config = dataclasses.replace(CONFIG, num_layers=3, max_length=32, moe=moe)
+    check_each_rank(four.run(measure, model_of(config), drawn_steps(config)[0], ep), Layout(4, ep), config)
