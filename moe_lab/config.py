@@ -252,7 +252,7 @@ class MoEConfig:
         if self.backend not in ("blocked", "fused"):
             raise ValueError(
                 f"batch_invariant=True with backend={self.backend!r}: choose 'blocked', or 'fused' on CUDA, whose "
-                "products do not depend on how many rows an expert has"
+                "sums do not depend on how many rows an expert has"
             )
         if self.capacity_factor is not None:
             raise ValueError(

@@ -83,6 +83,8 @@ def test_least_bytes():
     found = make_inputs(MoEConfig(dim=4, hidden_dim=3, num_experts=2, top_k=2), 5, CPU, torch.float32)
     row = 4 * 4
     weights = 3 * 2 * 3 * 4 * 4
+    one = found._replace(expert_ids_TK=torch.ones(5, 1, dtype=torch.int64), gates_TK=torch.ones(5, 1))
+    assert hold("layer", one, ["loop"]).num_bytes[0] == 2 * 5 * row + weights / 2, "an expert without a token"
     assert hold("layer", found, ["loop"]).num_bytes == (2 * 5 * row + weights, 3 * (2 * 5 * row + weights))
     assert hold("dispatch", found).num_bytes == (20 * row, 35 * row)
     assert hold("combine", found).num_bytes == (15 * row, 40 * row)

@@ -9,8 +9,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from moe_lab import fastpaths
 from moe_lab.config import MoEConfig
-from moe_lab.kernels import fused
-from moe_lab.kernels.tiles import TileRows, tile_rows, tile_rows_op
+from moe_lab.kernels import fused, tiles
+from moe_lab.kernels.tiles import tile_rows
 from moe_lab.layer.experts import GroupedExperts
 from moe_lab.layer.moe import MoE
 from reference import relative_error
@@ -53,24 +53,26 @@ def loop(ids_TK):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("shape", "anchored"),
+    ("shape", "anchored", "height"),
     [
-        ((9, 2, 4, 72, 40), 10**9),
-        ((9, 2, 4, 72, 40), 40),
-        pytest.param((3, 1, 2, 136, 264), 10**9, marks=pytest.mark.slow),
-        ((0, 1, 3, 64, 64), 10**9),
-        ((0, 1, 3, 64, 64), 64),
-        ((3, 5, 6, 16, 24), 10**9),
+        ((9, 2, 4, 72, 40), 10**9, 16),
+        ((9, 2, 4, 72, 40), 10**9, 128),
+        ((9, 2, 4, 72, 40), 40, 32),
+        ((3, 1, 2, 136, 264), 10**9, 64),
+        ((3, 1, 2, 136, 264), 10**9, 128),
+        ((0, 1, 3, 64, 64), 10**9, 16),
+        ((0, 1, 3, 64, 64), 64, 16),
+        ((3, 5, 6, 16, 24), 10**9, 16),
     ],
     ids=str,
 )
-def test_forward_and_gradients_are_as_exact_as_the_dtype_allows(shape, anchored, monkeypatch):
+def test_forward_and_gradients_are_as_exact_as_the_dtype_allows(shape, anchored, height, monkeypatch):
     monkeypatch.setattr(fused, "ANCHORED", anchored)
+    monkeypatch.setattr(tiles, "HEIGHTS", (height,))
     tensors, ids_TK, grad = leaves(*shape)
-    rows = TileRows(*(part.to(DEVICE) for part in tile_rows_op(ids_TK, shape[2])))
 
     def forward(x, gates, w1, w2, w3):
-        return fused.fused_experts(x, gates, rows, w1, w2, w3)
+        return fused.fused_experts(x, gates, ids_TK.to(DEVICE), w1, w2, w3)
 
     got = run(forward, [t.to(DEVICE) for t in tensors], grad.to(DEVICE))
     exact = run(loop(ids_TK), tensors, grad, torch.float64)
@@ -86,12 +88,13 @@ def test_forward_and_gradients_are_as_exact_as_the_dtype_allows(shape, anchored,
 def test_dropped_assignments_and_unused_experts_get_nothing():
     tensors, ids_TK, grad = leaves(5, 2, 3, 16, 16)
     ids_TK[2] = -1
-    rows = tile_rows(ids_TK.to(DEVICE), 3)
-    got = run(
-        lambda x, gates, w1, w2, w3: fused.fused_experts(x, gates, rows, w1, w2, w3),
-        [t.to(DEVICE) for t in tensors],
-        grad.to(DEVICE),
-    )
+
+    def forward(x, gates, w1, w2, w3):
+        return fused.fused_experts(x, gates, ids_TK.to(DEVICE), w1, w2, w3)
+
+    got = run(forward, [t.to(DEVICE) for t in tensors], grad.to(DEVICE))
+    with torch.no_grad():
+        assert torch.equal(forward(*(t.to(DEVICE) for t in tensors)), got["out"]), "without grad the same bits"
     for name in ("out", "x", "gates"):
         assert (got[name][2] == 0).all(), name
     for name in ("w1", "w2", "w3"):
@@ -117,23 +120,25 @@ def test_the_gradient_of_the_up_product_is_gone_when_that_of_w1_is_made(monkeypa
 
     monkeypatch.setattr(fused, "fused_weight_grads", watched)
     x, gates, *weights = tensors
-    fused.fused_experts(x, gates, tile_rows(ids_TK.to(DEVICE), 2), *weights).backward(grad.to(DEVICE))
+    fused.fused_experts(x, gates, ids_TK.to(DEVICE), *weights).backward(grad.to(DEVICE))
     assert freed == [False, True], "first w3's, then w1's"
     assert all(t.grad is not None for t in tensors)
 
 
-@pytest.mark.parametrize("op", ["fused_anchor", "fused_up", "fused_down"])
+@pytest.mark.parametrize("op", ["fused_forward", "fused_anchor", "fused_up", "fused_down"])
 def test_opcheck(op):
     (x, gates, w1, w2, w3), ids_TK, _ = leaves(2, 1, 2, 8, 8)
     x, gates, w1, w2, w3 = (t.to(DEVICE).requires_grad_() for t in (x, gates, w1, w2, w3))
     rows = tile_rows(ids_TK.to(DEVICE), 2)
-    if op == "fused_anchor":
+    if op == "fused_forward":
+        torch.library.opcheck(fused.fused_forward, (x, gates, ids_TK.to(DEVICE), w1, w2, w3), test_utils=OPCHECKS)
+    elif op == "fused_anchor":
         torch.library.opcheck(fused.fused_anchor, (x, w1, *rows), test_utils=OPCHECKS)
     elif op == "fused_up":
         for anchor in (None, fused.fused_anchor(x, w1, *rows).detach().requires_grad_()):
-            torch.library.opcheck(fused.fused_up, (x, w1, w3, anchor, *rows, True), test_utils=OPCHECKS)
+            torch.library.opcheck(fused.fused_up, (x, w1, w3, anchor, *rows), test_utils=OPCHECKS)
     else:
-        *products, hidden = fused.fused_up(x, w1, w3, None, *rows, True)
+        *products, hidden = fused.fused_up(x, w1, w3, None, *rows)
         args = (*(p.detach().requires_grad_() for p in products), hidden.detach(), gates, w2, *rows)
         torch.library.opcheck(fused.fused_down, args, test_utils=OPCHECKS)
 
@@ -174,12 +179,11 @@ def test_sorted_rows_go_through_the_same_kernels():
 
 
 def test_what_is_not_legal_says_why(monkeypatch):
-    rows = tile_rows(torch.zeros(2, 1, dtype=torch.int64), 1)
-    gates = torch.ones(2, 1)
+    ids, gates = torch.zeros(2, 1, dtype=torch.int64), torch.ones(2, 1)
 
     def attempt(dim, dtype):
         x, w = torch.zeros(2, dim, dtype=dtype), torch.zeros(1, 16, dim, dtype=dtype)
-        fused.fused_experts(x, gates, rows, w, w.mT.contiguous(), w)
+        fused.fused_experts(x, gates, ids, w, w.mT.contiguous(), w)
 
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(ValueError, match="needs CUDA, but x is on cpu"):

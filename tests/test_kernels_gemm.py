@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from moe_lab.kernels import combine, grouped_gemm
-from moe_lab.kernels.tiles import TILE, TileRows, tile_rows_op
+from moe_lab.kernels.tiles import TileRows, tile_rows_op
 from reference import relative_error
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -17,16 +17,16 @@ SHAPES = [
 
 
 class Case:
-    """Ten tokens, two experts each; the first expert is never chosen. Inputs in the low dtype."""
+    """Twenty tokens, two experts each; the first expert is never chosen. Inputs in the low dtype."""
 
-    def __init__(self, dim, hidden_dim, top_k=2, num_experts=3):
-        ids_TK = torch.rand(10, num_experts - 1).topk(top_k).indices + 1
-        self.rows = TileRows(*tile_rows_op(ids_TK, num_experts))
-        self.used = int(self.rows.expert_M1[-1]) * TILE
-        self.x_TD = torch.randn(10, dim).to(DTYPE)
+    def __init__(self, dim, hidden_dim, height, top_k=2, num_experts=3):
+        ids_TK = torch.rand(20, num_experts - 1).topk(top_k).indices + 1
+        self.rows = TileRows(*tile_rows_op(ids_TK, num_experts, height))
+        self.used = int(self.rows.expert_M1[-1]) * height
+        self.x_TD = torch.randn(20, dim).to(DTYPE)
         self.w1, self.w3 = ((torch.randn(num_experts, hidden_dim, dim) / dim**0.5).to(DTYPE) for _ in range(2))
         self.w2 = (torch.randn(num_experts, dim, hidden_dim) / hidden_dim**0.5).to(DTYPE)
-        self.expert_P = self.rows.expert_M1[:-1].repeat_interleave(TILE)[: self.used].long()
+        self.expert_P = self.rows.expert_M1[:-1].repeat_interleave(height)[: self.used].long()
 
     def gathered(self, dtype):
         token_P = (self.rows.order_P[: self.used] // self.rows.position_TK.shape[1]).clamp(min=0).long()
@@ -45,11 +45,12 @@ def assert_close(got, exact):
     assert relative_error(got.cpu(), exact) <= 2 * relative_error(exact.to(DTYPE), exact)
 
 
+@pytest.mark.parametrize("height", [16, 128])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize(("swapped", "gather_once"), [(False, 10**9), (True, 10**9), (True, 0)])
-def test_up_reads_both_weights_whichever_lies_first(shape, swapped, gather_once, monkeypatch):
+def test_up_reads_both_weights_whichever_lies_first(shape, height, swapped, gather_once, monkeypatch):
     monkeypatch.setattr(grouped_gemm, "GATHER_ONCE", gather_once)
-    case = Case(*shape)
+    case = Case(*shape, height)
     w1, w3 = (w.to(DEVICE) for w in (case.w1, case.w3))
     if (w3.data_ptr() < w1.data_ptr()) != swapped:
         both = torch.stack((case.w3, case.w1) if swapped else (case.w1, case.w3)).to(DEVICE)
@@ -63,10 +64,11 @@ def test_up_reads_both_weights_whichever_lies_first(shape, swapped, gather_once,
     assert torch.equal(same[: case.used], hidden[: case.used])
 
 
+@pytest.mark.parametrize("height", [16, 128])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("transposed", [True, False])
-def test_rows_product_takes_weights_either_way(shape, transposed):
-    case = Case(*shape)
+def test_rows_product_takes_weights_either_way(shape, height, transposed):
+    case = Case(*shape, height)
     weight = case.w1 if transposed else case.w2
     x_PD = combine.gather(case.x_TD.to(DEVICE), on_device(case.rows))
     exact = case.products(case.gathered(torch.float64), weight if transposed else weight.mT, torch.float64)
@@ -74,10 +76,11 @@ def test_rows_product_takes_weights_either_way(shape, transposed):
     assert_close(got[: case.used], exact)
 
 
+@pytest.mark.parametrize("height", [16, 128])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("up_first", [False, True])
-def test_input_grad_sums_over_both_products_wherever_they_lie(shape, up_first):
-    case = Case(*shape)
+def test_input_grad_sums_over_both_products_wherever_they_lie(shape, height, up_first):
+    case = Case(*shape, height)
     pair = torch.randn(2, case.rows.order_P.numel(), shape[1]).to(DTYPE).to(DEVICE)
     grads = pair.flip(0).contiguous().unbind()[::-1] if up_first else pair.unbind()
     assert (grads[1].data_ptr() < grads[0].data_ptr()) == up_first
@@ -86,9 +89,10 @@ def test_input_grad_sums_over_both_products_wherever_they_lie(shape, up_first):
     assert_close(got[: case.used], exact)
 
 
+@pytest.mark.parametrize("height", [16, 128])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_weight_grad_keeps_experts_apart(shape):
-    case = Case(*shape)
+def test_weight_grad_keeps_experts_apart(shape, height):
+    case = Case(*shape, height)
     a, b = (torch.randn(case.rows.order_P.numel(), n).to(DTYPE) for n in shape)
     a[: case.used][case.expert_P == 2] = torch.nan  # reaches the gradient of expert 2 alone
     got = grouped_gemm.weight_grad(a.to(DEVICE), b.to(DEVICE), on_device(case.rows)).cpu()

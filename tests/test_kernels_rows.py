@@ -14,17 +14,19 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.bfloat16 if DEVICE == "cuda" else torch.float16]  # the interpreter truncates to bfloat16
 
 
-def case(num_tokens, top_k, num_experts, dropped=False):
+def case(num_tokens, top_k, num_experts, dropped=False, height=16):
     ids_TK = torch.rand(num_tokens, num_experts).topk(top_k).indices
     if dropped:
         ids_TK[::3, 0] = -1
-    return TileRows(*(part.to(DEVICE) for part in tile_rows_op(ids_TK, num_experts)))
+    return TileRows(*(part.to(DEVICE) for part in tile_rows_op(ids_TK, num_experts, height)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("top_k", "dim", "dropped"), [(2, 72, True), (1, 8, False), (3, 4200, False)])
-def test_gather_copies_and_pads_with_zeros(dtype, top_k, dim, dropped, monkeypatch):
-    rows = case(5, top_k, 4, dropped)
+@pytest.mark.parametrize(
+    ("top_k", "dim", "dropped", "height"), [(2, 72, True, 128), (1, 8, False, 16), (3, 4200, False, 32)]
+)
+def test_gather_copies_and_pads_with_zeros(dtype, top_k, dim, dropped, height, monkeypatch):
+    rows = case(5, top_k, 4, dropped, height)
     x_TD = torch.randn(5, dim, device=DEVICE).to(dtype)
     fill = {True: torch.nan, False: 7}
     monkeypatch.setattr(
@@ -86,7 +88,7 @@ def test_swiglu_backward_equals_autograd(dtype, top_k, hidden_dim, dropped):
 
     products = (t.clone().to(DEVICE) for t in (grad_PF, gate_PF, up_PF))
     got = swiglu.swiglu_backward(*products, gates_TK.to(DEVICE), rows)
-    used = int(rows.expert_M1[-1]) * 128
+    used = int(rows.expert_M1[-1]) * rows.height
     got = [got.gate_PF[:used], got.up_PF[:used], got.gates_TK, got.gated_PF[:used]]
     exact, low = by_autograd(torch.float64), by_autograd(dtype)
     for mine, right, theirs in zip(got, exact, low):

@@ -21,7 +21,10 @@ Runs = list[list[float]]
 
 
 class Settings(NamedTuple):
-    """How to time: rounds, which directions and modes, and ms of a block (None: the device's)."""
+    """How to time: rounds, which directions and modes, and ms of a block (None: the device's).
+
+    Modes are those of a `Measurement`; "graph", which replays a CUDA graph, is for forward alone.
+    """
 
     rounds: int = 8
     directions: Sequence[str] = DIRECTIONS
@@ -40,8 +43,8 @@ def fields_of(what: str, layer: str, inputs: Inputs, skew: float, device: str) -
 
 
 def timed(contest: Contest, settings: Settings, of: dict[str, Any]) -> Iterator[list[Measurement]]:
-    """The rows of each direction: bounds first, then every arm in every mode. An arm that fails to compile is left
-    out, with the reason in `contest.missing`.
+    """The rows of each direction: bounds first, then every arm in every mode. An arm that fails in one is left out
+    of it, with the reason in `contest.missing`.
     """
     for direction in settings.directions:
         runs = {
@@ -66,10 +69,12 @@ def phase_rows(contest: Contest, settings: Settings, of: dict[str, Any]) -> Iter
 def _ready(contest: Contest, name: str, arm: Arm, direction: str, mode: str) -> Callable[[], object] | None:
     """The arm as a function of nothing, run once."""
     run = arm._replace(run=torch.compile(arm.run, dynamic=False)) if mode == "compile" else arm
-    ready = partial(_forward if direction == "forward" else _both, run, contest.leaves)
+    ready: Callable[[], object] = partial(_forward if direction == "forward" else _both, run, contest.leaves)
     try:
         ready()
-    except Exception as error:  # whatever a compiler raises, and backends that refuse gradients
+        if mode == "graph":
+            ready = timing.captured(ready).replay
+    except Exception as error:  # whatever a compiler raises, backends that refuse gradients, arms that wait
         contest.missing[f"{name} {direction} {mode}"] = str(error).strip().splitlines()[0]
         return None
     return ready

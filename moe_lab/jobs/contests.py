@@ -132,7 +132,8 @@ def _num_bytes(what: str, inputs: Inputs) -> tuple[int, int]:
         return 2 * rows, 2 * rows + rows + tokens
     if what == "combine":  # backward reads tokens and rows, and writes rows
         return rows + tokens, rows + tokens + 2 * rows + tokens
-    once = 2 * tokens + sum(weight.nbytes for weight in inputs[3:])
+    used = len(inputs.expert_ids_TK.unique())  # weights that no token chose need not be read
+    once = 2 * tokens + sum(used * weight[0].nbytes for weight in inputs[3:])
     return once, 3 * once
 
 

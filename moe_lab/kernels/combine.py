@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moe_lab.kernels.tiles import TILE, TileRows
+from moe_lab.kernels.tiles import TileRows
 
 BLOCK = 4096  # columns that one program moves at most, sixteen to a thread
 
@@ -23,10 +23,10 @@ def gather(x_TD: Tensor, rows: TileRows) -> Tensor:
     (num_tokens, top_k), num_experts = rows.position_TK.shape, rows.starts_E1.numel() - 1
     rows_PD = x_TD.new_empty(rows.order_P.numel(), x_TD.shape[1])
     if num_tokens:
-        block, grid = _blocks(num_tokens + num_experts * TILE, x_TD)
+        block, grid = _blocks(num_tokens + num_experts * rows.height, x_TD)
         _spread_kernel[grid](
             x_TD, rows.position_TK, rows.order_P, rows.starts_E1, rows_PD, num_tokens, x_TD.shape[1],
-            top_k, TILE, block, num_warps=max(1, block // 512),
+            top_k, rows.height, block, num_warps=max(1, block // 512),
         )  # fmt: skip
     return rows_PD
 
@@ -67,7 +67,7 @@ def _blocks(num_programs: int, rows: Tensor) -> tuple[int, tuple[int, int]]:
 @triton.jit(do_not_specialize=["num_tokens"])
 def _spread_kernel(
     x_ptr, position_ptr, order_ptr, starts_ptr, rows_ptr, num_tokens, dim,
-    K: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
+    K: tl.constexpr, HEIGHT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One token to its rows; programs past the last token each look at one row that may be an expert's padding."""
     program = tl.program_id(0).to(tl.int64)
@@ -78,8 +78,8 @@ def _spread_kernel(
             row = tl.load(position_ptr + program * K + k).to(tl.int64)
             tl.store(rows_ptr + row * dim + col, x, mask=(col < dim) & (row >= 0))
     else:
-        starts_ptr += (program - num_tokens) // TILE
-        row = tl.load(starts_ptr + 1).to(tl.int64) - 1 - (program - num_tokens) % TILE
+        starts_ptr += (program - num_tokens) // HEIGHT
+        row = tl.load(starts_ptr + 1).to(tl.int64) - 1 - (program - num_tokens) % HEIGHT
         if tl.load(order_ptr + row, mask=row >= tl.load(starts_ptr), other=0) < 0:
             tl.store(rows_ptr + row * dim + col, tl.zeros((BLOCK,), rows_ptr.dtype.element_ty), mask=col < dim)
 

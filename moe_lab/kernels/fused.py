@@ -1,8 +1,9 @@
-"""The routed part of a layer in few kernels: gather, products, SwiGLU and the weighted sum, forward and backward.
+"""The routed part of a layer in few kernels: sort, gather, products, SwiGLU and the weighted sum, forward and backward.
 
-Several ops with gradients, so that autograd frees what each has saved or been given as soon as it has run backward:
-`fused_up` saves the tokens, `fused_down` the gate and up products. Rows, hidden values and outputs of experts are
-never saved: backward gathers rows again and recomputes hidden values. Nothing waits for the host.
+Without gradients it is one op, `fused_forward`, since each costs the host as much as a launch. With them it is several,
+so that autograd frees what each has saved or been given as soon as it has run backward: `fused_up` saves the tokens,
+`fused_down` the gate and up products. Rows, hidden values and outputs of experts are never saved: backward gathers rows
+again and recomputes hidden values. Nothing waits for the host.
 """
 
 from __future__ import annotations
@@ -12,10 +13,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from moe_lab.kernels.tiles import TileRows
+from moe_lab.kernels.tiles import TileRows, tile_height, tile_rows
 
 ANCHORED = 2048  # hidden width from which a second gather, 140 / F of a product, is a fair price for less memory
 
@@ -23,21 +24,24 @@ ANCHORED = 2048  # hidden width from which a second gather, 140 / F of a product
 def fused_experts(
     x_TD: Float[Tensor, "T D"],
     gates_TK: Float[Tensor, "T K"],
-    rows: TileRows,
+    expert_ids_TK: Int[Tensor, "T K"],
     w1_EFD: Float[Tensor, "E F D"],
     w2_EDF: Float[Tensor, "E D F"],
     w3_EFD: Float[Tensor, "E F D"],
 ) -> Float[Tensor, "T D"]:
     """Each token through its K experts, w2(silu(w1 x) * (w3 x)), summed under its gates in float32.
 
+    An id of -1 adds nothing. A token's bits do not depend on the rest of the batch, nor on whether gradients are kept.
     Raises `ValueError` where the kernels are not legal: away from CUDA (the Triton interpreter apart), float32 and
     float64 there, or D or F whose rows are not a multiple of 16 bytes.
     """
     _check(x_TD, w2_EDF)
     weights = (w1_EFD, w2_EDF, w3_EFD)
-    save = torch.is_grad_enabled() and any(t.requires_grad for t in (x_TD, gates_TK, *weights))
-    anchor_PF = fused_anchor(x_TD, w1_EFD, *rows) if save and w1_EFD.shape[1] >= ANCHORED else None
-    gate_PF, up_PF, hidden_PF = fused_up(x_TD, w1_EFD, w3_EFD, anchor_PF, *rows, save)
+    if not (torch.is_grad_enabled() and any(t.requires_grad for t in (x_TD, gates_TK, *weights))):
+        return fused_forward(x_TD, gates_TK, expert_ids_TK, *weights)
+    rows = tile_rows(expert_ids_TK, len(w1_EFD))
+    anchor_PF = fused_anchor(x_TD, w1_EFD, *rows) if w1_EFD.shape[1] >= ANCHORED else None
+    gate_PF, up_PF, hidden_PF = fused_up(x_TD, w1_EFD, w3_EFD, anchor_PF, *rows)
     return fused_down(gate_PF, up_PF, hidden_PF, gates_TK, w2_EDF, *rows)
 
 
@@ -63,6 +67,21 @@ def _aligned(tensor: Tensor) -> Tensor:
     return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
 
 
+@torch.library.custom_op("moe_lab::fused_forward", mutates_args=())
+def fused_forward(
+    x_TD: Tensor, gates_TK: Tensor, expert_ids_TK: Tensor, w1_EFD: Tensor, w2_EDF: Tensor, w3_EFD: Tensor
+) -> Tensor:
+    """All of it, (T, D), to no gradient."""
+    from moe_lab.kernels import combine, grouped_gemm, sort
+
+    num_experts = len(w1_EFD)
+    height = tile_height(expert_ids_TK.numel(), num_experts)
+    rows = TileRows(*sort.tile_rows(expert_ids_TK, num_experts, height))
+    *_, hidden_PF = grouped_gemm.up(_aligned(x_TD), _aligned(w1_EFD), _aligned(w3_EFD), rows, save=False)
+    rows_PD = grouped_gemm.rows_product(hidden_PF, _aligned(w2_EDF), rows, transposed=True)
+    return combine.combine(rows_PD, gates_TK.contiguous(), rows)
+
+
 @torch.library.custom_op("moe_lab::fused_anchor", mutates_args=())
 def fused_anchor(
     x_TD: Tensor, w1_EFD: Tensor, order_P: Tensor, position_TK: Tensor, starts_E1: Tensor, expert_M1: Tensor
@@ -78,16 +97,16 @@ def fused_anchor(
 @torch.library.custom_op("moe_lab::fused_up", mutates_args=())
 def fused_up(
     x_TD: Tensor, w1_EFD: Tensor, w3_EFD: Tensor, anchor_PF: Tensor | None,
-    order_P: Tensor, position_TK: Tensor, starts_E1: Tensor, expert_M1: Tensor, save: bool,
+    order_P: Tensor, position_TK: Tensor, starts_E1: Tensor, expert_M1: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gate and up products (P, F), empty unless `save`, and hidden values (P, F), which carry no gradient.
+    """Gate and up products and hidden values, (P, F); the last carry no gradient.
 
     With an anchor, the gradient of w1 is its affair.
     """
     from moe_lab.kernels import grouped_gemm
 
     rows = TileRows(order_P, position_TK, starts_E1, expert_M1)
-    return grouped_gemm.up(_aligned(x_TD), _aligned(w1_EFD), _aligned(w3_EFD), rows, save=save)
+    return grouped_gemm.up(_aligned(x_TD), _aligned(w1_EFD), _aligned(w3_EFD), rows, save=True)
 
 
 @torch.library.custom_op("moe_lab::fused_input_grad", mutates_args=())
@@ -144,15 +163,19 @@ def fused_down_backward(
     return grads.gate_PF, grads.up_PF, grads.gates_TK, grouped_gemm.weight_grad(grad_PD, grads.gated_PF, rows)
 
 
+@fused_forward.register_fake
+def _(x_TD, *others):
+    return x_TD.new_empty(x_TD.shape)
+
+
 @fused_anchor.register_fake
 def _(x_TD, w1_EFD, order_P, *rows):
     return w1_EFD.new_empty(1).expand(order_P.shape[0], w1_EFD.shape[1])
 
 
 @fused_up.register_fake
-def _(x_TD, w1_EFD, w3_EFD, anchor_PF, order_P, position_TK, starts_E1, expert_M1, save):
-    num_rows, hidden_dim = order_P.shape[0], w1_EFD.shape[1]
-    return tuple(x_TD.new_empty(rows, hidden_dim) for rows in (*(num_rows if save else 0,) * 2, num_rows))
+def _(x_TD, w1_EFD, w3_EFD, anchor_PF, order_P, *rows):
+    return tuple(x_TD.new_empty(order_P.shape[0], w1_EFD.shape[1]) for _ in range(3))
 
 
 @fused_input_grad.register_fake
@@ -186,7 +209,7 @@ def _anchor_backward(ctx: Any, grad_gate_PF: Tensor) -> tuple[Tensor | None, ...
 
 
 def _setup_up(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x_TD, w1_EFD, w3_EFD, anchor_PF, *rows, _ = inputs
+    x_TD, w1_EFD, w3_EFD, anchor_PF, *rows = inputs
     ctx.set_materialize_grads(False)  # hidden values have none, and zeros of their size would be allocated
     ctx.anchored = anchor_PF is not None
     ctx.save_for_backward(x_TD, w1_EFD, w3_EFD, *rows)
@@ -194,13 +217,13 @@ def _setup_up(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> 
 
 def _up_backward(ctx: Any, grad_gate_PF: Tensor | None, grad_up_PF: Tensor | None, _: None) -> tuple[Any, ...]:
     if grad_gate_PF is None or grad_up_PF is None:
-        return (None,) * 9
+        return (None,) * 8
     x_TD, w1_EFD, w3_EFD, *rows = ctx.saved_tensors
     grad_TD = fused_input_grad(grad_gate_PF, grad_up_PF, w1_EFD, w3_EFD, *rows)
     if ctx.anchored:
         (grad_w3,) = fused_weight_grads(x_TD, [grad_up_PF], *rows)
-        return grad_TD, None, grad_w3, grad_gate_PF, *(None,) * 5
-    return grad_TD, *fused_weight_grads(x_TD, [grad_gate_PF, grad_up_PF], *rows), None, *(None,) * 5
+        return grad_TD, None, grad_w3, grad_gate_PF, *(None,) * 4
+    return grad_TD, *fused_weight_grads(x_TD, [grad_gate_PF, grad_up_PF], *rows), None, *(None,) * 4
 
 
 def _setup_down(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -53,7 +53,7 @@ def swiglu_backward(grad_PF: Tensor, gate_PF: Tensor, up_PF: Tensor, gates_TK: T
         block = min(512, triton.next_power_of_2(hidden_dim))
         _swiglu_backward_kernel[(num_rows,)](
             grad_PF, gate_PF, up_PF, grad_gate_PF, grad_up_PF, gates_TK, grad_gates_TK,
-            rows.order_P, rows.expert_M1, hidden_dim, num_rows // (rows.expert_M1.numel() - 1), block,
+            rows.order_P, rows.expert_M1, hidden_dim, rows.height, block,
             num_warps=max(1, block // 256),
         )  # fmt: skip
     return SwigluGrads(grad_gate_PF, grad_up_PF, grad_gates_TK, grad_PF)
@@ -62,10 +62,10 @@ def swiglu_backward(grad_PF: Tensor, gate_PF: Tensor, up_PF: Tensor, gates_TK: T
 @triton.jit
 def _swiglu_backward_kernel(
     grad_ptr, gate_ptr, up_ptr, grad_gate_ptr, grad_up_ptr, gates_ptr, grad_gates_ptr, order_ptr, expert_ptr,
-    hidden_dim, TILE: tl.constexpr, BLOCK: tl.constexpr,
+    hidden_dim, HEIGHT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    if tl.load(expert_ptr + row // TILE) >= 0:
+    if tl.load(expert_ptr + row // HEIGHT) >= 0:
         pick = tl.load(order_ptr + row)
         weight = tl.load(gates_ptr + pick, mask=pick >= 0, other=0.0)
         dot = tl.zeros((BLOCK,), dtype=tl.float32)

@@ -91,7 +91,7 @@ def relative_times(case: Case) -> Mapping[str, float]:
     """Each backend's time over the fastest one's: a geometric mean of the `NEAR` nearest cases, by inverse distance.
 
     Four, because of 1 to 8 they had the least regret where each case of the table was chosen by the others: 2.5 % in
-    the mean on the CPU and 1.4 % on CUDA, where the nearest alone had 11.4 % and 2.2 %.
+    the mean on the CPU and 1.1 % on CUDA, where the nearest alone had 11.4 % and 2.9 %.
     """
     known = ((case.distance(at), ms) for at, ms in table() if at[:3] == case[:3])
     near = sorted(known, key=lambda found: found[0])[:NEAR]

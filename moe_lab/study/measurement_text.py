@@ -40,7 +40,7 @@ def _cells(row: Measurement) -> list[str]:
     name = row.arm if row.phase == "all" else f"{row.arm} {row.phase}"
     name += f" (rank {row.rank})" if row.rank is not None else ""
     return [
-        name + (" compiled" if row.mode == "compile" else ""),
+        name + {"eager": "", "compile": " compiled", "graph": " replayed"}[row.mode],
         row.direction,
         number(row.median, ".3f"),
         pair(row.low, row.high, ".3f"),

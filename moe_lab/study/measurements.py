@@ -33,10 +33,10 @@ MAX_BYTES = 2**28
 class Measurement:
     """One arm's time for one phase of one layer, over rounds in which the arms of a `bench` ran in turn.
 
-    `bench`: what was compared (layer, experts, dispatch, combine, phases, ranks). `phase`: "all", or what part.
-    `mode`: eager or compile. `tokens` to `top_k`: the layer's T, D, F, E, K, a rank; `ranks` share the experts, and
-    `rank` is whose time it is (None: one rank, or all). `skew`: standard deviation of the experts' own logits, where
-    they are drawn.
+    `bench`: what was compared (layer, experts, dispatch, combine, phases, ranks, decode). `phase`: "all", or what part.
+    `mode`: eager, compile, or graph (replayed). `tokens` to `top_k`: the layer's T, D, F, E, K, a rank; `ranks` share
+    the experts, and `rank` is whose time it is (None: one rank, or all). `skew`: standard deviation of the experts' own
+    logits, where they are drawn.
     `median`, `low`, `high`: ms over rounds, with the 95 % bootstrap interval of the median; `q25` to `p99` and
     `mean` are of single runs. `ratio`: the median over rounds of this arm's time over that of the arm `ratio_to`,
     with its interval.
@@ -86,7 +86,7 @@ class Measurement:
     def __post_init__(self) -> None:
         _check_kinds(vars(self))
         check_choice("direction", self.direction, DIRECTIONS)
-        check_choice("mode", self.mode, ("eager", "compile"))
+        check_choice("mode", self.mode, ("eager", "compile", "graph"))
         for name in ("median", "ratio"):
             parts = ("low", "high") if name == "median" else ("ratio_low", "ratio_high")
             middle, low, high = (getattr(self, part) for part in (name, *parts))

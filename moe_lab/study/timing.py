@@ -101,13 +101,18 @@ def _time_cpu(arm: Callable[[], object]) -> Callable[[], float]:
 def time_replayed(function: Callable[[], object], *, calls: int = 20, rounds: int = 20) -> Timing:
     """One call on CUDA without the gaps of its launches: a graph of `calls` calls, replayed."""
     function()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(calls):
-            function()
+    graph = captured(lambda: [function() for _ in range(calls)])
     read = [_time_cuda(graph.replay) for _ in range(rounds + 3)]
     torch.cuda.synchronize()
     return summarise([time() / calls for time in read[3:]])
+
+
+def captured(function: Callable[[], object]) -> torch.cuda.CUDAGraph:
+    """What a function launches, as a CUDA graph; run it once before, so that nothing is compiled here."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        function()
+    return graph
 
 
 def summarise(values: Sequence[float]) -> Timing:

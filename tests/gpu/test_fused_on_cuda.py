@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from moe_lab.jobs import decode_bench
 from moe_lab.jobs.bench_inputs import LAYERS, default_tokens, make_inputs
 from moe_lab.jobs.peers import ours, transformers
-from moe_lab.kernels import fused, grouped_gemm
+from moe_lab.kernels import fused, grouped_gemm, tiles
 from moe_lab.kernels.fused import fused_experts
 from moe_lab.kernels.tiles import tile_rows, tile_rows_op
 from moe_lab.study.timing import measure_memory
@@ -20,8 +21,8 @@ CUDA = torch.device("cuda")
 
 
 def forward(inputs, ids_TK=None):
-    rows = tile_rows(inputs.expert_ids_TK if ids_TK is None else ids_TK, inputs.w1_EFD.shape[0])
-    return fused_experts(inputs.x_TD, inputs.gates_TK, rows, inputs.w1_EFD, inputs.w2_EDF, inputs.w3_EFD)
+    ids_TK = inputs.expert_ids_TK if ids_TK is None else ids_TK
+    return fused_experts(inputs.x_TD, inputs.gates_TK, ids_TK, inputs.w1_EFD, inputs.w2_EDF, inputs.w3_EFD)
 
 
 def with_grad(inputs):
@@ -55,6 +56,30 @@ def test_a_hundred_repeats_agree_to_the_bit(small):
     for _ in range(100):
         for a, b in zip(first, step(*small)):
             assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("layer", ["10B_2B", "fine"])
+def test_tiles_of_every_height_give_the_same_bits(layer, monkeypatch):
+    inputs, leaves = with_grad(make_inputs(LAYERS[layer], 200, CUDA, torch.bfloat16))
+    grad, first = torch.randn_like(inputs.x_TD), None
+    for height in tiles.HEIGHTS:
+        with monkeypatch.context() as patch:
+            patch.setattr(tiles, "HEIGHTS", (height,))
+            got = step(inputs, leaves, grad)
+            with torch.no_grad():
+                assert torch.equal(forward(inputs), got[0])
+        first = got if first is None else first
+        for a, b in zip(first, got):
+            assert torch.equal(a, b), height
+
+
+@pytest.mark.parametrize("layer", ["10B_2B", "fine"])
+def test_a_token_has_the_same_bits_in_a_batch_of_any_size(layer):
+    inputs = make_inputs(LAYERS[layer], 4096, CUDA, torch.bfloat16)
+    whole = forward(inputs)
+    for tokens in (1, 7, 64, 250, 700, 1500, 3000):
+        part = inputs._replace(x_TD=inputs.x_TD[:tokens], gates_TK=inputs.gates_TK[:tokens])
+        assert torch.equal(forward(part, inputs.expert_ids_TK[:tokens]), whole[:tokens]), tokens
 
 
 def test_a_graph_replays_new_inputs(small):
@@ -112,13 +137,22 @@ def test_opcheck_with_ahead_of_time_dispatch(small):
     ids = torch.arange(12, device=CUDA).reshape(4, 3)
     x, gates = (t[:4].detach().clone().requires_grad_() for t in (x, gates))
     rows = tile_rows(ids, len(w1))
-    torch.library.opcheck(tile_rows_op, (ids, len(w1)))
+    torch.library.opcheck(tile_rows_op, (ids, len(w1), 16))
+    torch.library.opcheck(fused.fused_forward, tuple(t.detach() for t in (x, gates, ids, w1, w2, w3)))
     anchor = torch.zeros_like(fused.fused_anchor(x, w1, *rows)).requires_grad_()
     for given in (None, anchor):
-        torch.library.opcheck(fused.fused_up, (x, w1, w3, given, *rows, True))
-    *products, hidden = fused.fused_up(x, w1, w3, None, *rows, True)
+        torch.library.opcheck(fused.fused_up, (x, w1, w3, given, *rows))
+    *products, hidden = fused.fused_up(x, w1, w3, None, *rows)
     args = (*(p.detach().requires_grad_() for p in products), hidden.detach(), gates, w2, *rows)
     torch.library.opcheck(fused.fused_down, args)
+
+
+def test_decoding_is_timed_by_launches_and_replayed(monkeypatch):
+    monkeypatch.setattr(decode_bench, "BLOCK_MS", 5.0)
+    monkeypatch.setattr(decode_bench, "PEERS", ())
+    rows = list(decode_bench.rows_of("fine", 4, CUDA, "bfloat16", 2))
+    modes = {(row.arm, row.mode) for row in rows if row.bytes_ms is not None}
+    assert modes == {(arm, mode) for arm in ("fused", "grouped") for mode in ("eager", "graph")}
 
 
 EXTREMES = [(16, 1024, 16), (1000, 3, 1), (1, 8, 8), (0, 8, 2), *((150, 16, k) for k in range(1, 17))]

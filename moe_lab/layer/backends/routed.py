@@ -7,7 +7,6 @@ from jaxtyping import Float, Int32
 from torch import Tensor
 
 from moe_lab import fastpaths
-from moe_lab.kernels import tiles
 from moe_lab.kernels.buffered import buffered_experts
 from moe_lab.kernels.fused import fused_experts
 from moe_lab.layer.backends.padded import row_experts
@@ -27,7 +26,7 @@ def fused_rows(x_RD: Float[Tensor, "R D"], ends_E: Int32[Tensor, " E"], weights:
     refuse_biases("fused", weights)
     ids_R1 = row_experts(ends_E, x_RD.shape[0])[:, None]
     gates_R1 = torch.ones_like(ids_R1, dtype=torch.float32)
-    return fused_experts(x_RD, gates_R1, tiles.tile_rows(ids_R1, ends_E.numel()), *weights[:3])
+    return fused_experts(x_RD, gates_R1, ids_R1, *weights[:3])
 
 
 def buffered_rows(x_RD: Float[Tensor, "R D"], ends_E: Int32[Tensor, " E"], weights: Weights) -> Float[Tensor, "R D"]:
@@ -41,10 +40,8 @@ def buffered_rows(x_RD: Float[Tensor, "R D"], ends_E: Int32[Tensor, " E"], weigh
 def routed(backend: str, x_TD: Float[Tensor, "T D"], routing: Routing, weights: Weights) -> Float[Tensor, "T D"]:
     """Dispatch, experts and combine in one, by `fused` or `buffered`. Dropped assignments: `buffered` only."""
     refuse_biases(backend, weights)
-    num_experts = len(weights.w1_EFD)
     fastpaths.note(f"{backend}_dispatch_combine", f"backend={backend!r}, weighted and summed in float32")
     if backend == "fused":
-        rows = tiles.tile_rows(routing.expert_ids_TK, num_experts)
-        return fused_experts(x_TD, routing.gates_TK, rows, *weights[:3])
-    plan = plan_local(routing.expert_ids_TK, num_experts, dropless=False)
+        return fused_experts(x_TD, routing.gates_TK, routing.expert_ids_TK, *weights[:3])
+    plan = plan_local(routing.expert_ids_TK, len(weights.w1_EFD), dropless=False)
     return buffered_experts(x_TD, routing.gates_TK, plan.order_R, plan.ends_E, *weights[:3])
