@@ -63,6 +63,7 @@ FEW = {"num_experts": 4, "hidden_dim": 4, "top_k": 1, "dim": 128}
         (MANY, (1,), 32, 1, 0, lambda of: 2 * of.rows - 4 * of.hidden + 4 * of.experts // 3),
         (MANY, (2,), 32, 1, 0, lambda of: of.rows - 4 * of.hidden + 17 * of.experts // 6 + of.dense),
         (MANY, (4, 2), 32, 1, 0, lambda of: of.rows - 4 * of.hidden + 17 * of.experts // 6 + of.dense),
+        (WIDE_CHOSEN, (2, 1, 2), 640, 1, 1, lambda of: 3 * of.outputs + of.experts + of.dense),
         (FEW, (2,), 32, 1, 1, lambda of: of.rows - 4 * of.hidden + 3 * of.experts // 2 + 3 * of.dense),
     ],
 )
@@ -81,7 +82,7 @@ def test_the_peak_may_be_in_a_block(moe, layout, tokens, load, block, moment):
     )
     planned = plan(config, layout, tokens, load)
     outside = 4 * (2 * 256 * D + D) if layout.ranks > 1 else 0
-    expected = planned.parameters + planned.optimizer + outside + 4 * 256 * D
+    expected = planned.parameters + planned.optimizer + outside + 4 * 256 * D + 4 * tokens * D * layout.sp
     expected += (1 + block) * block_activations(config, layout, tokens, rows) - of.outputs
     if not block:  # the other one's gradients are there, cut
         expected += of.experts // layout.replicas + (dense + gate) // layout.ranks

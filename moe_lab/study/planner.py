@@ -148,7 +148,8 @@ def beforehand(config: LMConfig, layout: Layout, tokens: int, trace: RoutingTrac
 def _in_experts(config: LMConfig, layout: Layout, tokens: int, rows_L: Sequence[int], block: int) -> int:
     """Bytes as the last of the blocks whose rows are given undoes its experts, beside weights that are always there.
 
-    The most of these moments, each beside what is kept of blocks so far and gradients of the head and of blocks done:
+    The most of these moments, each beside what is kept of blocks so far and gradients of the head, of blocks done and
+    of this one's output, over sp of that of its layer too:
 
     - combine is undone: its outputs, their gradients, and the products that give those of the gates;
     - then the outputs are gone, and an expert is undone, at most of all rows: gradients of its outputs, and of its
@@ -167,6 +168,7 @@ def _in_experts(config: LMConfig, layout: Layout, tokens: int, rows_L: Sequence[
     done = config.num_layers - len(rows_L)
     always = sum(block_activations(config, layout, tokens, rows) for rows in rows_L) - outputs
     always += FLOAT * VOCAB * moe.dim + done * (experts // layout.replicas + dense // layout.ranks)
+    always += FLOAT * tokens * moe.dim * (1 if layout.sp == 1 else 2)
     still_whole = dense if done and layout.ranks > 1 else 0
     moments = [
         3 * outputs + block + still_whole,
