@@ -48,7 +48,8 @@ def differences(result: dict[str, Any]) -> Figure:
             )
         left.set(ylim=(0, None), ylabel="bits per byte", xlim=(1, len(steps)))
         left.set_xlabel("step", color=MUTED)
-        right.set(yscale="log", ylabel="relative difference", xlim=(-0.5, len(names) - 0.5), ylim=(1e-8, 1e-2))
+        most = max(largest for seed in seeds for largest in seed["layouts"].values())
+        right.set(yscale="log", ylabel="relative difference", xlim=(-0.5, len(names) - 0.5), ylim=(1e-8, 10 * most))
         right.set_xticks(range(len(names)), names, fontsize=7)
         right.grid(axis="y")
     return drawn
