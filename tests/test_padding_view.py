@@ -53,3 +53,4 @@ def test_every_figure_has_a_title_and_is_of_its_width():
 def test_forced_balance_as_text():
     text = padding.ForcedText({2: forced_view(IDS, Placement.blockwise(4, 2))}).text()
     assert text.splitlines()[1].split()[:4] == ["2", "0", "1.25", "1.00"]
+    assert text.split()[-1] == "-", "two ranks are one node, which no row leaves"

@@ -192,11 +192,16 @@ class ForcedText(Text):
         """Straggler factors, ranks a token visits, and rows that leave under round robin over the real ones."""
         rows = [["EP", "idle", "straggler", "forced", "ranks a token", "forced", "sent %", "per rank %", "per node %"]]
         for ep, view in self.views.items():
-            seen = [f"{100 * view.seen(f'per_{level}_R'):.0f}" for level in ("assignment", "rank", "node")]
+            seen = [_seen(view, f"per_{level}_R") for level in ("assignment", "rank", "node")]
             straggler = [f"{view.straggler_factor:.2f}", f"{view.forced_straggler_factor:.2f}"]
             visited = [f"{view.ranks_per_token:.2f}", f"{view.forced_ranks_per_token:.2f}"]
             rows.append([str(ep), str(view.idle_ranks), *straggler, *visited, *seen])
         return table(rows)
+
+
+def _seen(view: ForcedView, level: str) -> str:
+    """A percentage, where any rows leave."""
+    return f"{100 * view.seen(level):.0f}" if sum(getattr(view.traffic, level)) else "-"
 
 
 def forced(views: Mapping[int, ForcedView]) -> Figure:
