@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from moe_lab.config import RouterConfig
+from moe_lab.study import choice as choices
 from moe_lab.study.choice import Choice, rerouted
 from moe_lab.study.domains import classify, domain_histograms
 from moe_lab.study.load import imbalance
@@ -234,7 +235,11 @@ def test_mixed_tokens_are_more_even_than_packed_documents(trace):
     ],
 )
 @pytest.mark.parametrize("top_k", [2, 5])
-def test_rerouted_ids_are_those_of_the_router(trace, router, top_k):
+@pytest.mark.parametrize("many", [choices.MANY, 0])
+def test_rerouted_ids_are_those_of_the_router(trace, router, top_k, many, monkeypatch):
+    monkeypatch.setattr(choices, "MANY", many)  # 0: even this trace is long
+    choices.rerouted.cache_clear()
+    choices._ranking.cache_clear()
     choice = Choice(top_k=top_k, router=router, use_bias=False)
     other = rerouted(trace, choice)
     for i, layer in enumerate(trace.info.layers):

@@ -3,7 +3,8 @@ import threading
 import pytest
 
 from moe_lab.parallel.ranks import RankError
-from moe_lab.view.panels.base import RunPanel
+from moe_lab.view.panels import base
+from moe_lab.view.panels.base import Panel, RunPanel
 
 TRACEBACK = "[rank 0] closed\n[rank 1] KeyError: 3\n\nrank 1 failed first:\nTraceback\nKeyError: 3"
 
@@ -87,3 +88,19 @@ def test_what_cannot_run_is_said_and_starts_nothing():
     panel = Waiting(refusal="batch=3 must be even")
     panel.run()
     assert (panel.error, panel.started, buttons(panel)) == ("batch=3 must be even", 0, ["go"])
+
+
+def test_what_takes_longer_than_a_moment_is_said_and_greys_the_old_pictures(monkeypatch):
+    class Slow(Panel):
+        seen = threading.Event()
+
+        def _update(self):
+            assert self.seen.wait(20)
+
+    monkeypatch.setattr(base, "MOMENT", 0.0)
+    panel = Slow([], [])
+    panel.clock.observe(lambda change: "computing" in change.new and panel.seen.set(), "value")
+    panel.refresh()
+    assert panel.seen.is_set()
+    assert panel.clock.value.endswith(" ms</span>")
+    assert "moe-stale" not in panel.numbers._dom_classes

@@ -15,6 +15,8 @@ from moe_lab.config import RouterConfig
 from moe_lab.layer.router import Routing
 from moe_lab.study.trace import RoutingTrace
 
+MANY = 2**24  # logits
+
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
@@ -73,14 +75,22 @@ def rerouted(trace: RoutingTrace, choice: Choice) -> RoutingTrace:
     return trace.unchecked(info=info, expert_ids_LTK=ids_LTK, gates_LTK=None, logits_LTE=None)
 
 
+def is_long(trace: RoutingTrace) -> bool:
+    """Whether ranking all experts of all its tokens takes seconds."""
+    return trace.num_layers * trace.num_tokens * trace.num_experts > MANY
+
+
 def _reach(trace: RoutingTrace, choice: Choice) -> int:
-    """The largest K whose first experts are those of every smaller K: all that a token could be given."""
-    router = choice.router
+    """The largest K whose first experts are those of every smaller K: all that a token could be given.
+
+    Of a long trace only what is asked for, rounded up to a power of two.
+    """
+    router, most = choice.router, trace.num_experts
     if router.force_load_balance or router.group_score == "topk_share":
         return choice.top_k
     if router.num_expert_groups and router.num_limited_groups:
-        return trace.num_experts // router.num_expert_groups * router.num_limited_groups
-    return trace.num_experts
+        most = trace.num_experts // router.num_expert_groups * router.num_limited_groups
+    return min(most, 1 << (choice.top_k - 1).bit_length()) if is_long(trace) else most
 
 
 @lru_cache(maxsize=2)

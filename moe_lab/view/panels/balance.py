@@ -6,6 +6,7 @@ import csv
 import io
 from functools import lru_cache
 from html import escape
+from pathlib import Path
 from typing import NamedTuple
 
 import ipywidgets as widgets
@@ -16,9 +17,11 @@ from moe_lab import data
 from moe_lab.study.balancing import METHODS, method
 from moe_lab.study.counterfactual import Outcome, Setup, learn, outcome
 from moe_lab.study.metrics import NullBand, null_band
+from moe_lab.study.trace import RoutingTrace
 from moe_lab.view import theme
 from moe_lab.view.balancing import steps_load
 from moe_lab.view.panels.base import Panel, control
+from moe_lab.view.panels.sources import fit_layers, named_trace
 from moe_lab.view.pictures import LoadPicture, heading, inset
 from moe_lab.view.text import table
 from moe_lab.view.theme import CHANCE, LESS, MUTED
@@ -36,6 +39,7 @@ class Params(NamedTuple):
     """Everything the panel shows follows from this; `coefficient` is None for methods without one."""
 
     source: str
+    trace: RoutingTrace
     method: str
     coefficient: float | None
     layer: int
@@ -51,13 +55,10 @@ class Result(NamedTuple):
     null: NullBand
 
 
-_opened = lru_cache(maxsize=2)(data.open)
-
-
 @lru_cache(maxsize=256)
 def compute(params: Params) -> Result:
     """Let the method act on the layer's logits. `ValueError` as `study.counterfactual` raises."""
-    trace, given = _opened(params.source), {"setup": SETUP, "layer": params.layer}
+    trace, given = params.trace, {"setup": SETUP, "layer": params.layer}
     made = outcome(trace, params.method, params.coefficient, **given)
     steps = steps_load(learn(trace, params.method, params.coefficient, **given))
     free = steps_load(learn(trace, "none", None, **given))
@@ -94,20 +95,35 @@ class StepsPicture(theme.Live):
 
 
 class BalancePanel(Panel):
-    """Steer one method of balancing on recorded logits. The later layers of the model never see what it does."""
+    """Steer one method of balancing on recorded logits. The later layers of the model never see what it does.
 
-    def __init__(self, source: str = "unbalanced") -> None:
-        self.source = control(widgets.Dropdown, "source", "190px", options=TRACES, value=source)
+    `source` is the name of a shipped trace, a trace, or the path of one (`named_trace`).
+    """
+
+    def __init__(self, source: str | Path | RoutingTrace = "unbalanced") -> None:
+        self._traces: dict[str, RoutingTrace | None] = dict.fromkeys(TRACES)  # opened when chosen
+        name, self._traces[name] = named_trace(source)
+        self.source = control(widgets.Dropdown, "source", "190px", options=list(self._traces), value=name)
         self.method = control(widgets.Dropdown, "method", "250px", options=SHOWN, value="bias")
         strengths = [(f"{strength:g}", strength) for strength in STRENGTHS]  # a browser rounds to what a slider has
         self.coefficient = control(widgets.SelectionSlider, "coefficient", "310px", options=strengths, value=1e-3)
         self.layer = control(widgets.IntSlider, "layer", "170px", min=0, max=5, value=3)
         self.images = [widgets.Image(format="png", layout={"max_width": f"{SIZE[0]}px"}) for _ in range(2)]
         super().__init__([[self.source, self.method, self.coefficient, self.layer]], self.images)
-        self._steps, self._load = StepsPicture(), LoadPicture(_opened(source).num_experts, CEILING, size=SIZE)
+        self._steps = StepsPicture()
         self.offer_files("balance")
+        self.watch([self.source], self._open)
         self.watch([self.method], self._chosen)
-        self.watch([self.source, self.coefficient, self.layer], self.refresh)
+        self.watch([self.coefficient, self.layer], self.refresh)
+        self._open()
+
+    def _open(self) -> None:
+        """Fit layers and pictures to the source."""
+        name = self.source.value
+        self._trace = self._traces[name] = self._traces[name] or data.open(name)
+        self._load = LoadPicture(self._trace.num_experts, CEILING, size=SIZE)
+        with self.hold():
+            fit_layers(self.layer, self._trace)
         self.refresh()
 
     def _chosen(self) -> None:
@@ -122,7 +138,7 @@ class BalancePanel(Panel):
         """What the controls say."""
         usual = method(self.method.value).coefficient
         given = None if usual is None else self.coefficient.value
-        return Params(self.source.value, self.method.value, given, self.layer.value)
+        return Params(self.source.value, self._trace, self.method.value, given, self.layer.value)
 
     def _update(self) -> None:
         params = self.params()
@@ -150,7 +166,7 @@ class BalancePanel(Panel):
             ("", "method", "none"),
             ("max/mean, first step", f"{shown.steps_S[0]:.2f}", f"{shown.free_S[0]:.2f}"),
             ("max/mean, last step", f"{shown.steps_S[-1]:.2f}", f"{shown.free_S[-1]:.2f}"),
-            ("max/mean, all text after", *(f"{one.load.metrics.max_over_mean:.2f}" for one in both)),
+            ("max/mean, mean of steps after", *(f"{one.load.metrics.max_over_mean:.2f}" for one in both)),
             (f"(chance {chance.mean.max_over_mean:.2f}, 95 % to {chance.high.max_over_mean:.2f})", "", ""),
             ("dropped, %", *(f"{100 * one.dropped:.1f}" for one in both)),
             ("tokens without expert, %", *(f"{100 * one.unserved:.1f}" for one in both)),

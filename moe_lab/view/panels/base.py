@@ -33,6 +33,9 @@ _CSS = """<style>
 </style>"""
 
 
+MOMENT = 0.3  # seconds
+
+
 def control(kind: type[widgets.Widget], label: str, width: str, **settings: Any) -> Any:
     """A control whose label takes only the room it needs."""
     return kind(description=label, style={"description_width": "initial"}, layout={"width": width}, **settings)
@@ -91,12 +94,34 @@ class Panel:
             finally:
                 self._held = outer
 
+    @contextmanager
+    def busy(self) -> Iterator[None]:
+        """What takes longer than a moment is said, and the old pictures grey."""
+        done, one_of_us = threading.Event(), threading.Lock()
+
+        def wait() -> None:
+            with one_of_us:
+                if not done.is_set():
+                    self._stale(True)
+                    self.clock.value = f'<span style="color:{theme.MUTED}">computing ...</span>'
+
+        timer = threading.Timer(MOMENT, wait)
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+            with one_of_us:
+                done.set()
+
     def refresh(self) -> None:
         """Show what the controls say now; what cannot be is said in the panel, over the last good pictures."""
         with self._lock:
             began = time.perf_counter()
             try:
-                self._update()
+                with self.busy():
+                    self._update()
             except ValueError as error:
                 self.fail(error)
                 return
@@ -107,14 +132,18 @@ class Panel:
     def fail(self, error: Exception) -> None:
         """Say what went wrong; pictures and numbers on the panel are stale until it is put right."""
         self._say(str(error))
+        self.clock.value = ""
 
     def _say(self, error: str) -> None:
         self.error = error
-        for stale in (self._pictures, self.numbers):
-            (stale.add_class if error else stale.remove_class)("moe-stale")
+        self._stale(bool(error))
         self.message.value = (
             f'<div role="alert" style="color:{theme.MORE};line-height:1.4">⚠ {escape(error)}</div>' if error else ""
         )
+
+    def _stale(self, stale: bool) -> None:
+        for shown in (self._pictures, self.numbers):
+            (shown.add_class if stale else shown.remove_class)("moe-stale")
 
     def offer(self, name: str, kind: str, content: bytes) -> None:
         """Put a download on the shelf below the buttons: the bytes are in the link, nothing is written."""

@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from html import escape
+from pathlib import Path
 from typing import Any
 
 import ipywidgets as widgets
 
-from moe_lab import data
 from moe_lab.config import EqualSplit
 from moe_lab.jobs.exchange_runs import exchange_ids
 from moe_lab.parallel.ranks import RankError, RankPool
 from moe_lab.study.load import ALL_DOMAINS
+from moe_lab.study.trace import RoutingTrace
 from moe_lab.view import theme
 from moe_lab.view.exchanging import MatrixText
 from moe_lab.view.panels.base import RunPanel, control
@@ -28,6 +29,7 @@ from moe_lab.view.panels.exchange_compute import (
     View,
     compute,
 )
+from moe_lab.view.panels.sources import named_trace
 
 PLANS: tuple[EqualSplit, ...] = ("off", "adaptive", "force")
 MOST_RANKS, RUNS, DIM = 8, 10, 256
@@ -36,11 +38,14 @@ MOST_RANKS, RUNS, DIM = 8, 10, 256
 class ExchangePanel(RunPanel):
     """Steer one exchange of a recorded trace over EP ranks; run it on real ones.
 
+    `source` is the name of a shipped trace, a trace, or the path of one (`named_trace`).
     `function` is what real ranks run (`moe_lab.jobs.exchange_runs.exchange_ids`).
     """
 
-    def __init__(self, source: str = "balanced_wide", *, function: Callable[..., Any] = exchange_ids) -> None:
-        self.trace, self._source, self._function = data.open(source), source, function
+    def __init__(
+        self, source: str | Path | RoutingTrace = "balanced_wide", *, function: Callable[..., Any] = exchange_ids
+    ) -> None:
+        (self._source, self.trace), self._function = named_trace(source), function
         experts = self.trace.num_experts
         eps = [ep for ep in (2, 4, 8, 16, 32, 64) if experts % ep == 0]
         self.ep = control(widgets.SelectionSlider, "EP", "170px", options=eps, value=4)

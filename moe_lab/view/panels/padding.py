@@ -6,6 +6,7 @@ import csv
 import io
 from functools import lru_cache
 from html import escape
+from pathlib import Path
 from typing import NamedTuple
 
 import ipywidgets as widgets
@@ -18,8 +19,10 @@ from moe_lab.layer.splits import CountMatrix
 from moe_lab.study.batches import count_matrix, micro_batches
 from moe_lab.study.padding import POLICIES, Overhead, Policy, overhead, worst_overhead
 from moe_lab.study.popularity import dirichlet, draw_ids, zipf
+from moe_lab.study.trace import RoutingTrace
 from moe_lab.view import theme
 from moe_lab.view.panels.base import Panel, control
+from moe_lab.view.panels.sources import fit_layers, named_trace
 from moe_lab.view.pictures import box, heading, inset, rank_axis
 from moe_lab.view.text import table
 from moe_lab.view.theme import MUTED, SERIES, WIDTH, WITHIN
@@ -31,9 +34,13 @@ FIELDS = {"sent": ("sent_R", "exchange_zeros_R"), "experts": ("rows_R", "expert_
 
 
 class Params(NamedTuple):
-    """Everything the panel shows follows from this; `skew` is Zipf's exponent or Dirichlet's concentration."""
+    """Everything the panel shows follows from this; `skew` is Zipf's exponent or Dirichlet's concentration.
+
+    `trace` is None for synthetic routing.
+    """
 
     source: str
+    trace: RoutingTrace | None
     skew: float
     layer: int
     ep: int
@@ -44,23 +51,21 @@ class Params(NamedTuple):
 
 
 @lru_cache(maxsize=64)
-def counts_of(source: str, skew: float, layer: int, ep: int, tokens_per_rank: int) -> CountMatrix:
+def counts_of(
+    source: str, trace: RoutingTrace | None, skew: float, layer: int, ep: int, tokens_per_rank: int
+) -> CountMatrix:
     """The first micro-batch of a trace, or a synthetic one. `ValueError` for a trace that does not fill it."""
-    if source in TRACES:
-        trace = _opened(source)
+    if trace is not None:
         placement = Placement.blockwise(trace.num_experts, ep)
         return count_matrix(next(micro_batches(trace, layer, ep, tokens_per_rank)), placement)
     shares_E = zipf(EXPERTS, skew) if source == ZIPF else dirichlet(EXPERTS, skew)
     return count_matrix(draw_ids(shares_E, ep, tokens_per_rank, TOP_K), Placement.blockwise(EXPERTS, ep))
 
 
-_opened = lru_cache(maxsize=2)(data.open)
-
-
 @lru_cache(maxsize=256)
 def compute(params: Params) -> tuple[Overhead, float]:
     """One policy over one micro-batch, and the worst rank's overhead of even splits."""
-    counts = counts_of(params.source, params.skew, params.layer, params.ep, params.tokens_per_rank)
+    counts = counts_of(params.source, params.trace, params.skew, params.layer, params.ep, params.tokens_per_rank)
     found = overhead(counts, params.policy, threshold=params.threshold, multiple=params.multiple)
     return found, worst_overhead(counts)
 
@@ -104,11 +109,18 @@ class RowsPicture(theme.Live):
 
 
 class PaddingPanel(Panel):
-    """Steer one micro-batch: from a trace or synthetic, over EP ranks, under one policy. Plans only, nothing moves."""
+    """Steer one micro-batch: from a trace or synthetic, over EP ranks, under one policy. Plans only, nothing moves.
 
-    def __init__(self, source: str = "balanced") -> None:
-        names = [*TRACES, ZIPF, DIRICHLET]
-        self.source = control(widgets.Dropdown, "source", "215px", options=names, value=source)
+    `source` is the name of a shipped trace, a trace, the path of one (`named_trace`), or synthetic.
+    """
+
+    def __init__(self, source: str | Path | RoutingTrace = "balanced") -> None:
+        name = source
+        self._traces: dict[str, RoutingTrace | None] = dict.fromkeys(TRACES)  # opened when chosen
+        if source not in (ZIPF, DIRICHLET):
+            name, self._traces[name] = named_trace(source)
+        names = [*self._traces, ZIPF, DIRICHLET]
+        self.source = control(widgets.Dropdown, "source", "215px", options=names, value=name)
         self.skew = control(widgets.FloatSlider, "skew", "190px", min=0.1, max=2.0, step=0.1, value=0.8)
         self.layer = control(widgets.IntSlider, "layer", "170px", min=0, max=5, value=3)
         self.ep = control(widgets.SelectionSlider, "EP", "170px", options=[2, 4, 8, 16, 32], value=8)
@@ -125,14 +137,26 @@ class PaddingPanel(Panel):
         self._pictures.children = (widgets.Box([self.image], layout={"flex": "1 1 auto", "max_width": f"{WIDTH}px"}),)
         self.offer_files("padding")
         self._pictures_by_ep: dict[int, RowsPicture] = {}
-        self.watch([*first, *second], self.refresh)
+        self.watch([self.source], self._open)
+        self.watch([*first[1:], *second], self.refresh)
+        self._open()
+
+    def _open(self) -> None:
+        """Give the slider of layers those of the source."""
+        name = self.source.value
+        if name in self._traces:
+            trace = self._traces[name] = self._traces[name] or data.open(name)
+            with self.hold():
+                fit_layers(self.layer, trace)
         self.refresh()
 
     def params(self) -> Params:
         """What the controls say; what does not matter to the source is left at its first value."""
-        synthetic = self.source.value not in TRACES
+        trace = self._traces.get(self.source.value)
+        synthetic = trace is None
         return Params(
             self.source.value,
+            trace,
             round(self.skew.value, 2) if synthetic else 0.0,
             0 if synthetic else self.layer.value,
             self.ep.value,
@@ -144,7 +168,7 @@ class PaddingPanel(Panel):
 
     def _update(self) -> None:
         params = self.params()
-        self.skew.disabled, self.layer.disabled = params.source in TRACES, params.source not in TRACES
+        self.skew.disabled, self.layer.disabled = params.trace is not None, params.trace is None
         self.shown = (params, *compute(params))
         if params.ep not in self._pictures_by_ep:
             self._pictures_by_ep[params.ep] = RowsPicture(params.ep)
@@ -170,7 +194,7 @@ class PaddingPanel(Panel):
     def words(self) -> str:
         """What all numbers are of."""
         params, *_ = self.shown
-        what = f"skew {params.skew:g}" if params.source not in TRACES else f"layer {params.layer}"
+        what = f"skew {params.skew:g}" if params.trace is None else f"layer {params.layer}"
         extra = {"adaptive": f" {params.threshold:.2f}", "multiple": f" {params.multiple}"}.get(params.policy, "")
         where = f"EP {params.ep}, {params.tokens_per_rank:,} tokens a rank"
         return f"{params.source}, {what}, {where}, {params.policy}{extra}"

@@ -11,8 +11,7 @@ import ipywidgets as widgets
 
 from moe_lab import data
 from moe_lab.config import check_choice
-from moe_lab.jobs.importing import read_source
-from moe_lab.study.choice import Choice, rerouted
+from moe_lab.study.choice import Choice, is_long, rerouted
 from moe_lab.study.load import ALL_DOMAINS, Load
 from moe_lab.study.trace import Document, RoutingTrace
 from moe_lab.view import plots, theme
@@ -21,6 +20,7 @@ from moe_lab.view.panels import routing_forms as forms
 from moe_lab.view.panels.base import Panel, control
 from moe_lab.view.panels.choosing import ChoiceControls
 from moe_lab.view.panels.routing_compute import Params, ceiling, compute, shipped_names, with_text
+from moe_lab.view.panels.sources import bound, fit_layers, read_trace
 from moe_lab.view.pictures import HeatPicture, LoadPicture
 from moe_lab.view.tokens import byte_pieces
 
@@ -104,11 +104,9 @@ class RoutingPanel(Panel):
             raise ValueError(f"{name} holds no tokens: there is nothing to show")
         self._sizes = [size for size in (1 << n for n in range(4, 31)) if size < tokens] + [tokens]
         with self.hold():
-            _bound(self.layer, min(layers), max(layers))
-            if self.layer.value not in layers:
-                self.layer.value = layers[0]
+            fit_layers(self.layer, trace)
             self.domain.options = [ALL_DOMAINS, *trace.domains]
-            _bound(self.window_slider, 0, len(self._sizes) - 1)
+            bound(self.window_slider, 0, len(self._sizes) - 1)
             self.window.max = tokens
             self.window.value = min(4096, tokens)
             self.choosing.fit(trace)
@@ -116,26 +114,28 @@ class RoutingPanel(Panel):
         self._load_picture = LoadPicture(trace.num_experts, ceiling(trace))
         self._heat_picture = HeatPicture(layers, trace.num_experts)
         self._drawn: dict[str, object] = {}
-        if trace.logits_LTE is not None:  # rank experts now, so that the first move of a slider does not wait
+        if trace.logits_LTE is not None and not is_long(trace):  # now, so that the first move of a slider does not wait
             rerouted(trace, replace(Choice.recorded(trace), top_k=trace.top_k % trace.num_experts + 1))
 
     def _reopen(self) -> None:
-        try:
-            self._open()
-        except ValueError as error:
-            self.fail(error)
-        else:
-            self.refresh()
+        with self.busy():
+            try:
+                self._open()
+            except ValueError as error:
+                self.fail(error)
+            else:
+                self.refresh()
 
     def _open_file(self) -> None:
         path = Path(self.file.value.strip()).expanduser()
         if not self.file.value.strip():
             return
-        try:
-            self._traces[path.name] = _read_trace(path)
-        except ValueError as error:
-            self.fail(error)
-            return
+        with self.busy():
+            try:
+                self._traces[path.name] = read_trace(path)
+            except ValueError as error:
+                self.fail(error)
+                return
         with self.hold():
             self.source.options = list(self._traces)
             self.source.value = path.name
@@ -235,17 +235,3 @@ class RoutingPanel(Panel):
 
 
 NO_TEXT = "No text to show: it is neither in this environment nor among the pages that come with moe_lab."
-
-
-def _read_trace(path: Path) -> RoutingTrace:
-    read = read_source(path)
-    if not isinstance(read, RoutingTrace):
-        raise ValueError(f"{path.name} holds counts, not tokens: open it with moe_lab.view.panels.open_panel")
-    return read
-
-
-def _bound(slider: widgets.IntSlider, low: int, high: int) -> None:
-    """Move both bounds; each alone may not pass the other."""
-    slider.max = max(high, slider.max)
-    slider.min = low
-    slider.max = high
