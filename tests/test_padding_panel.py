@@ -23,6 +23,7 @@ def panel():
         ("multiple", 16, "multiple 16"),
         ("policy", "adaptive", "adaptive 0.10"),
         ("threshold", 1.5, "adaptive 1.50"),
+        ("policy", "capacity", "capacity 1.25"),
         ("ep", 16, "EP 16"),
         ("tokens", 128, "128 tokens a rank"),
         ("layer", 2, "layer 2"),
@@ -87,3 +88,10 @@ def test_the_latency_report_moves_every_slider():
     times = measure_plans(panel)
     assert {name: len(moves) for name, moves in times.items()} == {"EP": 9, "tokens": 11, "layer": 11}
     assert [line.split()[0] for line in report(times).splitlines()] == ["slider", "EP", "tokens", "layer"]
+
+
+@pytest.mark.parametrize(("policy", "matter"), [("none", []), ("adaptive", ["threshold"]), ("multiple", ["multiple"])])
+def test_only_what_matters_to_the_policy_can_be_moved(policy, matter):
+    panel = PaddingPanel()
+    panel.policy.value = policy
+    assert [name for name in ("threshold", "multiple") if not getattr(panel, name).disabled] == matter

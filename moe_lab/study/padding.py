@@ -28,6 +28,7 @@ POLICIES: tuple[Policy, ...] = (
     "padded_bmm",
     "forced_balance",
 )
+CAPACITY = 1.25  # rows that an expert has room for, over its fair share
 
 
 class Overhead(NamedTuple):
@@ -92,7 +93,7 @@ def overhead(
     *,
     threshold: float = 0.10,
     multiple: int = 128,
-    capacity_factor: float = 1.25,
+    capacity_factor: float = CAPACITY,
 ) -> Overhead:
     """What one policy does to one micro-batch.
 

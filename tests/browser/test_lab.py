@@ -162,6 +162,17 @@ def test_the_balance_panel_answers_and_takes_a_methods_usual_strength(plans):
     harness.wait_for_text(plans, "balance.csv")
 
 
+@pytest.mark.parametrize("plans", [PADDING], indirect=True)
+def test_a_narrow_window_cuts_nothing_off(plans):
+    plans.set_viewport_size({"width": 700, "height": 900})
+    plans.wait_for_timeout(500)  # the page lays itself out again
+    inside = "n => n.getBoundingClientRect().right <= n.closest('.moe-panel').getBoundingClientRect().right + 1"
+    for part in (".moe-pictures img", ".moe-numbers pre", "button"):
+        assert all(plans.locator(f".moe-panel {part}").evaluate_all(f"all => all.map({inside})")), part
+    names = plans.locator(".moe-panel button").evaluate_all("all => all.map(b => b.scrollWidth <= b.clientWidth)")
+    assert all(names), "a button's name is cut"
+
+
 @pytest.mark.parametrize("plans", [("08_timing.ipynb", "TimingPanel(")], indirect=True)
 def test_the_timing_panel_runs_when_asked_and_stops_when_told(plans):
     before, after = harness.move_slider(plans, "skew")

@@ -28,6 +28,9 @@ _CSS = """<style>
 .moe-text { max-height: 230px; overflow-y: auto; background: #fff; }
 .moe-text .widget-html-content, .moe-numbers .widget-html-content { line-height: 1.5; }
 .moe-numbers { font-variant-numeric: tabular-nums; }
+.moe-numbers .widget-html-content { min-width: 0; max-width: 100%; }
+.moe-numbers pre { white-space: pre; overflow-x: auto; }
+.moe-line button { flex: none; }
 .moe-stale { opacity: 0.35; }
 .moe-panel textarea { width: 100%; font-family: monospace; font-size: 12px; }
 </style>"""
@@ -60,7 +63,7 @@ class Panel:
         self.numbers.add_class("moe-numbers")
         rows = [widgets.HBox(list(line)) for line in lines]
         foot = widgets.HBox([self.buttons, self.clock])
-        for row in (*rows, foot):
+        for row in (*rows, foot, self.buttons):
             row.add_class("moe-line")
         style = widgets.HTML(_CSS, layout={"display": "none"})
         parts = [style, *rows, self.message, self._pictures, self.numbers, foot, self.shelf]

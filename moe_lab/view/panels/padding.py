@@ -17,7 +17,7 @@ from moe_lab import data
 from moe_lab.layer.placement import Placement
 from moe_lab.layer.splits import CountMatrix
 from moe_lab.study.batches import count_matrix, micro_batches
-from moe_lab.study.padding import POLICIES, Overhead, Policy, overhead, worst_overhead
+from moe_lab.study.padding import CAPACITY, POLICIES, Overhead, Policy, overhead, worst_overhead
 from moe_lab.study.popularity import dirichlet, draw_ids, zipf
 from moe_lab.study.trace import RoutingTrace
 from moe_lab.view import theme
@@ -130,7 +130,7 @@ class PaddingPanel(Panel):
         self.threshold = control(widgets.FloatSlider, "threshold", "230px", min=0.0, max=2.0, step=0.05, value=0.10)
         multiples = [8, 16, 32, 64, 128]
         self.multiple = control(widgets.SelectionSlider, "multiple", "190px", options=multiples, value=128)
-        self.image = widgets.Image(format="png", layout={"max_width": f"{WIDTH}px"})
+        self.image = widgets.Image(format="png", layout={"width": "100%", "margin": "0"})
         first = [self.source, self.skew, self.layer, self.ep, self.tokens]
         second = [self.policy, self.threshold, self.multiple]
         super().__init__([first, second], [])
@@ -169,6 +169,7 @@ class PaddingPanel(Panel):
     def _update(self) -> None:
         params = self.params()
         self.skew.disabled, self.layer.disabled = params.trace is not None, params.trace is None
+        self.threshold.disabled, self.multiple.disabled = params.policy != "adaptive", params.policy != "multiple"
         self.shown = (params, *compute(params))
         if params.ep not in self._pictures_by_ep:
             self._pictures_by_ep[params.ep] = RowsPicture(params.ep)
@@ -195,9 +196,10 @@ class PaddingPanel(Panel):
         """What all numbers are of."""
         params, *_ = self.shown
         what = f"skew {params.skew:g}" if params.trace is None else f"layer {params.layer}"
-        extra = {"adaptive": f" {params.threshold:.2f}", "multiple": f" {params.multiple}"}.get(params.policy, "")
+        extra = {"adaptive": f" {params.threshold:.2f}", "multiple": f" {params.multiple}"}
+        extra |= dict.fromkeys(("drop", "capacity"), f" {CAPACITY:g}")
         where = f"EP {params.ep}, {params.tokens_per_rank:,} tokens a rank"
-        return f"{params.source}, {what}, {where}, {params.policy}{extra}"
+        return f"{params.source}, {what}, {where}, {params.policy}{extra.get(params.policy, '')}"
 
     def text(self) -> str:
         return f"{self.words}\n{table(self._rows())}"
