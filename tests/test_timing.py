@@ -1,6 +1,6 @@
 import platform
 import re
-import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,15 +18,27 @@ def test_arms_run_in_turn_and_the_first_round_does_not_count():
     assert "".join(calls) == "aaabbb" + "ab" * 3, "three calls each to choose the block, then rounds of one"
 
 
-def test_a_longer_arm_is_measured_longer():
-    times = timing.interleave({"nap": lambda: time.sleep(0.02), "nothing": lambda: None}, CPU, rounds=1, block_ms=1.0)
-    assert timing.medians(times["nap"])[0] >= 20 > timing.medians(times["nothing"])[0]
+@pytest.fixture
+def nap(monkeypatch):
+    """Lets a clock go on by so many ms, which nothing else does."""
+    seconds = [0.0]
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: seconds[0]))
+
+    def go_on(ms):
+        seconds[0] += ms / 1e3
+
+    return go_on
 
 
-def test_every_run_of_a_block_is_kept():
-    times = timing.interleave({"nap": lambda: time.sleep(0.001)}, CPU, rounds=2, block_ms=5.0)
-    assert len(times["nap"]) == 2
-    assert all(1 < len(runs) <= 5 for runs in times["nap"])
+def test_a_longer_arm_is_measured_longer(nap):
+    times = timing.interleave({"nap": lambda: nap(20), "nothing": lambda: None}, CPU, rounds=1, block_ms=1.0)
+    assert times["nap"] == [[pytest.approx(20)]]
+    assert times["nothing"] == [[0.0] * 400]
+
+
+def test_every_run_of_a_block_is_kept(nap):
+    times = timing.interleave({"nap": lambda: nap(1)}, CPU, rounds=2, block_ms=5.0)
+    assert times["nap"] == [[pytest.approx(1)] * 5] * 2
     assert timing.medians([[1.0, 9.0, 2.0], [4.0]]) == [2.0, 4.0]
 
 
