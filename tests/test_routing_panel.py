@@ -196,6 +196,8 @@ def test_a_choice_that_cannot_be_is_said_inside_and_the_panel_goes_on(panel):
     assert repr(panel).startswith("⚠ top_k=4")
     assert pictures(panel) == before
     assert "moe-stale" in panel._pictures._dom_classes
+    press(panel, "copy as MoEConfig")
+    assert panel.shelf.value == "", "no config that would be refused"
     panel.top_k.value = 2
     assert (panel.error, panel.message.value) == ("", "")
     assert "moe-stale" not in panel._pictures._dom_classes

@@ -61,3 +61,8 @@ def test_a_run_times_backends_in_its_own_process_and_cancel_kills_it(panel):
     assert not panel.run_button.disabled
     assert panel.cancel_button.disabled
     assert not psutil.pid_exists(pid)
+
+
+def test_no_rounds_are_refused():
+    with pytest.raises(ValueError, match="rounds=0 must be"):
+        TimingPanel(rounds=0)

@@ -33,4 +33,5 @@ def table(rows: Sequence[Sequence[str]], *, left: Collection[int] = (0,)) -> str
 def window_of(load: Load) -> str:
     """What a load is of, without its layer."""
     windows = f"{load.windows:,} window{'s' * (load.windows != 1)}"
-    return f"{load.tokens:,} tokens x {windows} · {load.domain}"
+    tokens = f"{load.tokens:,} token{'s' * (load.tokens != 1)}"
+    return f"{tokens} x {windows} · {load.domain}"

@@ -214,11 +214,17 @@ class RoutingPanel(Panel):
         self.refresh()
 
     def config(self) -> str:
-        """Python that makes a layer which chooses as the panel does."""
-        return forms.config_code(self.params().choice or Choice.recorded(self.trace), self.trace.num_experts)
+        """Python that makes a layer which chooses as the panel does. `ValueError` for a choice that cannot be."""
+        choice = self.params().choice or Choice.recorded(self.trace)
+        choice.router.check(self.trace.num_experts, choice.top_k)
+        return forms.config_code(choice, self.trace.num_experts)
 
     def _offer_config(self) -> None:
-        code = escape(self.config())
+        try:
+            code = escape(self.config())
+        except ValueError as error:
+            self.fail(error)
+            return
         self.shelf.value = f'<textarea readonly rows="11" onclick="this.select()">{code}</textarea>'
 
     def text(self) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 import ipywidgets as widgets
 import torch
 
+from moe_lab.config import check_int
 from moe_lab.jobs.own_shape import Shape, merged, one_round
 from moe_lab.parallel.ranks import RankError, RankPool
 from moe_lab.study.measurements import DIRECTIONS, Measurement
@@ -31,6 +32,7 @@ class TimingPanel(RunPanel):
     pool: RankPool
 
     def __init__(self, *, rounds: int = ROUNDS, timeout: float = TIMEOUT) -> None:
+        check_int("rounds", rounds, 1)
         self.rounds = rounds
         powers = [2**n for n in range(4, 14)]
         self.tokens = control(widgets.SelectionSlider, "T", "190px", options=powers, value=512)
