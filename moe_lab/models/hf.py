@@ -90,9 +90,13 @@ def decision(router: nn.Module, output: object) -> Decision:
             f"{type(router).__name__} returned {shapes}: expected logits (T, {num_experts}), gates (T, {top_k}) "
             f"and integer expert ids (T, {top_k})"
         )
-    gates_TK, slot_TK = gates_TK.reshape(-1, top_k).sort(dim=-1, descending=True, stable=True)
-    ids_TK = ids_TK.reshape(-1, top_k).long().gather(1, slot_TK)
-    return Decision(ids_TK, gates_TK, logits_TE.reshape(-1, num_experts))
+    return by_gate(ids_TK.reshape(-1, top_k), gates_TK.reshape(-1, top_k), logits_TE.reshape(-1, num_experts))
+
+
+def by_gate(ids_TK: Int[Tensor, "T K"], gates_TK: Float[Tensor, "T K"], logits_TE: Float[Tensor, "T E"]) -> Decision:
+    """A decision with each token's experts by falling gate."""
+    gates_TK, slot_TK = gates_TK.sort(dim=-1, descending=True, stable=True)
+    return Decision(ids_TK.long().gather(1, slot_TK), gates_TK, logits_TE)
 
 
 def fit_router(router: nn.Module, seen: Decision, bias_E: Float[Tensor, " E"] | None = None) -> RouterFit:
@@ -126,11 +130,12 @@ def fit_router(router: nn.Module, seen: Decision, bias_E: Float[Tensor, " E"] | 
             config.check(seen.logits_TE.shape[1], seen.expert_ids_TK.shape[1])
         except ValueError:
             continue
-        fits.append(_fit(config, seen, bias_E))
+        fits.append(fit(config, seen, bias_E))
     return max(fits, key=lambda fit: (round(fit.ids_share, 3), -round(fit.gate_error, 3)))
 
 
-def _fit(config: RouterConfig, seen: Decision, bias_E: Tensor | None) -> RouterFit:
+def fit(config: RouterConfig, seen: Decision, bias_E: Float[Tensor, " E"] | None = None) -> RouterFit:
+    """How well a configuration explains a decision."""
     logits_TE, gates_TK = seen.logits_TE.float(), seen.gates_TK.float()
     ours = route(logits_TE, config, seen.expert_ids_TK.shape[1], expert_bias_E=bias_E)
     choice_TE = score(logits_TE, config.score_func) + (0 if bias_E is None else bias_E)

@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from moe_lab.config import RouterConfig, check_int
 from moe_lab.layer.router import TokenChoiceTopKRouter
-from moe_lab.models import hf
+from moe_lab.models import hf, titan
 from moe_lab.study.compact import half, small_dtype
 from moe_lab.study.info import MAX_EXPERTS, Document, TraceInfo
 from moe_lab.study.spans import Spans
@@ -43,12 +43,12 @@ def record(
                 model(tokens)
         trace = recorder.trace(model="lm", source="held-out text")
 
-    The routers are the model's `TokenChoiceTopKRouter` modules, or those of a transformers model, found by their
-    structure (see `moe_lab.models.hf`). Each must run once a forward, on the same tokens: (T, D), or (B, L, D)
-    as T = B*L tokens row by row. Routing is kept on CPU in compact dtypes, a forward at a time; memory is bounded
-    by `max_tokens`, past which a forward raises `ValueError`. What runs outside a whole forward (activation
-    recomputing, one layer by itself) is not recorded. Tokens that the model's `attention_mask` (B, L) leaves out are
-    recorded as not valid; of a mask of another shape a warning says that it was not read.
+    The routers are the model's `TokenChoiceTopKRouter` modules, or those of a model of transformers or torchtitan,
+    found by their structure (see `moe_lab.models.hf` and `titan`). Each must run once a forward, on the same tokens:
+    (T, D), or (B, L, D) as T = B*L tokens row by row. Routing is kept on CPU in compact dtypes, a forward at a time;
+    memory is bounded by `max_tokens`, past which a forward raises `ValueError`. What runs outside a whole forward
+    (activation recomputing, one layer by itself) is not recorded. Tokens that the model's `attention_mask` (B, L)
+    leaves out are recorded as not valid; of a mask of another shape a warning says that it was not read.
 
     `documents` are begun at once (see `Recorder.begin`). Without any, every forward is its own document.
     Raises `ValueError` for a model without such routers, or with routers that differ in num_experts, top_k or
@@ -165,6 +165,9 @@ class Recorder:
         if isinstance(router, TokenChoiceTopKRouter):
             routing = hf.Decision(output.expert_ids_TK, output.gates_TK, output.logits_TE)
             bias_E = args[1] if len(args) > 1 else kwargs.get("expert_bias_E")
+        elif titan.is_router(router):
+            routing = titan.decision(router, output)
+            bias_E = args[1] if len(args) > 1 else kwargs.get("expert_bias_E")
         else:
             routing, bias_E = hf.decision(router, output), hf.balancing_bias(router)
         if router in self._forward:
@@ -228,9 +231,9 @@ def _config(router: nn.Module, seen: hf.Decision, bias_E: Tensor | None) -> Rout
     """How a router chooses. Warns when no configuration explains what a router of transformers chose."""
     if isinstance(router, TokenChoiceTopKRouter):
         return router.config if router.training else router.eval_config
-    config, ids_share, gate_error = hf.fit_router(
-        router, hf.Decision(*(part.detach().cpu()[:1024] for part in seen)), bias_E
-    )
+    seen = hf.Decision(*(part.detach().cpu()[:1024] for part in seen))
+    found = hf.fit(titan.config_of(router), seen, bias_E) if titan.is_router(router) else None
+    config, ids_share, gate_error = found or hf.fit_router(router, seen, bias_E)
     if ids_share < 0.99 or gate_error > 0.02:
         warnings.warn(
             f"{type(router).__name__} routes like no RouterConfig: the nearest has the experts of {ids_share:.1%} of "
