@@ -177,9 +177,9 @@ def slider(page: Page, label: str | None = None) -> Locator:
 
 
 def panel(page: Page) -> Panel:
-    """What the widgets of the page show now."""
-    pictures = page.locator("img.widget-image").evaluate_all("images => images.map(image => image.src)")
-    return Panel(pictures, "\n".join(page.locator(".widget-html-content").all_inner_texts()))
+    """What the widgets of the page show now: text first, which panels set after their pictures."""
+    text = "\n".join(page.locator(".widget-html-content").all_inner_texts())
+    return Panel(page.locator("img.widget-image").evaluate_all("images => images.map(image => image.src)"), text)
 
 
 def move_slider(page: Page, label: str | None = None, key: str = "ArrowRight") -> tuple[Panel, Panel]:
@@ -190,7 +190,7 @@ def move_slider(page: Page, label: str | None = None, key: str = "ArrowRight") -
     handle.focus()
     page.keyboard.press(key)
     deadline = time.monotonic() + PATIENCE
-    while (after := panel(page)).pictures == before.pictures or after.text == before.text:
+    while (after := panel(page)).pictures == before.pictures or after.text == before.text or "computing" in after.text:
         if time.monotonic() > deadline:
             raise TimeoutError(f"{key} changed too little: {before} -> {after}")
         page.wait_for_timeout(20)
