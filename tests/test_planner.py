@@ -8,11 +8,12 @@ from moe_lab import data
 from moe_lab.config import RouterConfig
 from moe_lab.models.lm import SMALL
 from moe_lab.study.load import packing_order
-from moe_lab.study.planner import Footprint, Layout, beforehand, block_activations, plan, shard, weights
+from moe_lab.study.planner import Footprint, Layout, Step, beforehand, plan, shard, weights
 from moe_lab.study.trace import RoutingTrace
 from tests.synthetic import synthetic_trace
 from tests.test_lm import TINY
 
+DENSE = dataclasses.replace(TINY, moe=TINY.moe.replace(dim=64, hidden_dim=32, top_k=4))
 WIDE = dataclasses.replace(TINY, moe=TINY.moe.replace(num_experts=64, hidden_dim=64))
 
 
@@ -48,7 +49,7 @@ def test_the_peak_is_where_backward_begins_while_logits_are_most():
 
 
 MANY = {"num_experts": 64, "hidden_dim": 64}
-MANY_CHOSEN = {"num_experts": 16, "top_k": 16, "hidden_dim": 4, "dim": 128}
+MANY_CHOSEN = {"num_experts": 16, "top_k": 16, "hidden_dim": 32, "dim": 128}
 WIDE_CHOSEN = {"num_experts": 16, "top_k": 16, "hidden_dim": 96, "dim": 128}
 FEW = {"num_experts": 4, "hidden_dim": 4, "top_k": 1, "dim": 128}
 
@@ -56,37 +57,77 @@ FEW = {"num_experts": 4, "hidden_dim": 4, "top_k": 1, "dim": 128}
 @pytest.mark.parametrize(
     ("moe", "layout", "tokens", "load", "block", "moment"),
     [
-        (WIDE_CHOSEN, (2,), 640, 1, 1, lambda of: 3 * of.outputs + of.experts + of.dense),
-        (MANY_CHOSEN, (2,), 32, 1, 1, lambda of: 3 * of.rows - 3 * of.hidden + 2 * of.experts + of.dense),
-        (MANY_CHOSEN, (4, 2), 32, 2, 1, lambda of: 3 * of.rows - 3 * of.hidden + 2 * of.experts + of.dense),
-        (WIDE_CHOSEN, (4, 2), 640, 2, 1, lambda of: 2 * of.rows + 2 * of.experts + of.dense),
-        (MANY, (1,), 32, 1, 0, lambda of: 2 * of.rows - 4 * of.hidden + 4 * of.experts // 3),
-        (MANY, (2,), 32, 1, 0, lambda of: of.rows - 4 * of.hidden + 17 * of.experts // 6 + of.dense),
-        (MANY, (4, 2), 32, 1, 0, lambda of: of.rows - 4 * of.hidden + 17 * of.experts // 6 + of.dense),
-        (WIDE_CHOSEN, (2, 1, 2), 640, 1, 1, lambda of: 3 * of.outputs + of.experts + of.dense),
-        (FEW, (2,), 32, 1, 1, lambda of: of.rows - 4 * of.hidden + 3 * of.experts // 2 + 3 * of.dense),
+        (WIDE_CHOSEN, (2,), 640, 1, 1, lambda of: 2 * of.outputs + of.experts + of.dense),
+        (MANY_CHOSEN, (2,), 32, 1, 1, lambda of: 3 * of.rows - 3 * of.hidden - of.outputs + 2 * of.experts + of.dense),
+        (
+            MANY_CHOSEN,
+            (4, 2),
+            32,
+            2,
+            1,
+            lambda of: 3 * of.rows - 3 * of.hidden - of.outputs + 2 * of.experts + of.dense,
+        ),
+        (WIDE_CHOSEN, (4, 2), 640, 2, 1, lambda of: 2 * of.rows - of.outputs + of.experts + of.dense),
+        (MANY, (1,), 32, 1, 0, lambda of: of.rows - of.undone + of.found + 4 * of.experts // 3),
+        (MANY, (2,), 32, 1, 0, lambda of: of.found + of.dense - of.undone + 17 * of.experts // 6),
+        (MANY, (4, 2), 32, 1, 0, lambda of: of.found + of.dense - of.undone + 17 * of.experts // 6),
+        (WIDE_CHOSEN, (2, 1, 2), 640, 1, 1, lambda of: 2 * of.outputs + of.stream + of.experts + of.dense),
+        (FEW, (2,), 32, 1, 1, lambda of: of.found - of.rows - of.undone + 3 * of.experts // 2 + 3 * of.dense),
     ],
 )
 def test_the_peak_may_be_in_a_block(moe, layout, tokens, load, block, moment):
     """Combine or an expert undone, all experts undone, gradients summed, the block before gathered: two layers."""
     config, layout = dataclasses.replace(TINY, moe=TINY.moe.replace(**moe)), Layout(*layout)
     D, F, E, K = config.moe.dim, config.moe.hidden_dim, config.moe.num_experts, config.moe.top_k
-    dense, gate = 4 * (4 * D * D + 3 * F * D + 2 * D), 4 * E * D
-    rows = tokens * K * load
+    rows, stream, shared = tokens * K * load, 4 * tokens * D, 4 * F
     of = SimpleNamespace(
         outputs=4 * tokens * K * D,
         rows=4 * rows * D,
         hidden=4 * rows * F,
+        undone=4 * tokens * K * D + 4 * 4 * rows * F + 4 * tokens * shared,  # outputs, and what leads to them
+        found=3 * shared * D + stream,  # gradients of shared experts and of the block's input
+        stream=stream,
         experts=4 * E * 3 * F * D // layout.ep,
-        dense=dense,
+        dense=4 * (4 * D * D + 3 * F * D + 2 * D + E * D),
     )
     planned = plan(config, layout, tokens, load)
     outside = 4 * (2 * 256 * D + D) if layout.ranks > 1 else 0
-    expected = planned.parameters + planned.optimizer + outside + 4 * 256 * D + 4 * tokens * D * layout.sp
-    expected += (1 + block) * block_activations(config, layout, tokens, rows) - of.outputs
+    rotary = 4 * layout.positions(config) * D // config.num_heads
+    expected = planned.parameters + planned.optimizer + outside + 4 * 256 * D + stream + 8 * tokens + rotary
+    expected += (1 + block) * Step(config, layout, tokens).block_activations(rows)
     if not block:  # the other one's gradients are there, cut
-        expected += of.experts // layout.replicas + (dense + gate) // layout.ranks
+        expected += of.experts // layout.replicas + of.dense // layout.ranks
     assert planned.peak == expected + moment(of)
+
+
+def test_recompute_keeps_inputs_and_one_block_at_its_peak():
+    """Each block keeps 64 x 64 inputs and 5056 bytes; run again, its experts' outputs go home beside shared ones."""
+    whole, again = (plan(DENSE, Layout(2, 2), 64, 1.25, checkpointing=flag) for flag in (False, True))
+    block, kept = Step(DENSE, Layout(2, 2), 64).block_activations(320), 4 * 64 * 64 + 5056
+    assert again.activations == whole.activations - 2 * block + 2 * kept
+    assert again._replace(activations=0, peak=0) == whole._replace(activations=0, peak=0)
+    gate, experts = 4 * 4 * 64, 4 * 2 * 3 * 32 * 64
+    dense = 4 * (192 * 64 + 64 * 64 + 4 * 64 + 3 * 32 * 64 + 2 * 64)
+    always = 4 * (2 * 256 * 64 + 64) + 8 * 64 + 4 * 32 * 32 + 4 * (256 + 64) * 64
+    moving = 4 * (2 * 320 + 64) * 64 + 4 * 64 * 4 + 5056  # outputs, logits of the router, random numbers
+    done = experts + dense // 2 + dense - gate  # of the other block, cut and still whole
+    first = always + kept + block - 4 * 64 * 64 + experts + dense + done + moving
+    assert again.peak == again.parameters + again.optimizer + first
+
+
+def test_bfloat16_by_hand():
+    """As `test_tiny_by_hand`, with two bytes for weights at hand and rows, and copies in float32."""
+    low = plan(TINY, Layout(2, 2), 64, 1.25, dtype=torch.bfloat16)
+    high = plan(TINY, Layout(2, 2), 64, 1.25)
+    assert (low.parameters, low.gradients, low.optimizer, low.logits) == (*high[:3], high.logits)
+    assert (low.receive, low.gathered) == (high.receive // 2, high.gathered // 2)
+    rows = 160
+    float32 = 2 * 64 * 33 + 64 * (3 * 2 + 4 + 2) + 64 * 3 * 16 + 2 * 32 * 8  # norms, scales and scores, copies, rotary
+    kept = 4 * float32 + 2 * (64 * (2 * 16 + 7 * 16) + rows * 48 + 128 * 16 + 4 * 64 * 8) + 24 * 128
+    kept_at_ends = 4 * (64 * 33 + 64 * 256 + 1) + 2 * 64 * 16 + 8 * (128 + 2)
+    assert low.activations == 2 * kept + kept_at_ends
+    both = plan(TINY, Layout(2, 2), 64, 1.25, dtype=torch.bfloat16, checkpointing=True)
+    assert both.activations == kept_at_ends + 2 * (2 * (64 * 16 + 32 * 8) + 5056)
 
 
 def test_each_layer_may_have_a_load_of_its_own():
@@ -115,10 +156,10 @@ def test_the_peak_may_be_where_gradients_of_keys_and_values_go_home(length, copi
     config = dataclasses.replace(TINY, max_length=length)
     planned = plan(config, Layout(16, sp=16), 128)
     dense, experts = 4 * (48 * 16 + 16 * 16 + 4 * 16 + 3 * 8 * 16 + 2 * 16), 4 * 4 * 3 * 8 * 16
-    kept = block_activations(config, Layout(16, sp=16), 128, 256) + 4 * 128 * (8 * 16 + 1 + 2 * 2)
+    kept = Step(config, Layout(16, sp=16), 128).block_activations(256) + 4 * 128 * (8 * 16 + 1 + 2 * 2)
     gradients = 4 * 256 * 16 + dense + experts // 16
     moving = copies * 4 * 2 * 16 * 128 * 16
-    always = planned.parameters + planned.optimizer + 4 * (2 * 256 * 16 + 16)
+    always = planned.parameters + planned.optimizer + 4 * (2 * 256 * 16 + 16) + 8 * 128 + 4 * 2 * 8
     assert planned.peak == always + kept + gradients + dense + moving
 
 
@@ -196,6 +237,10 @@ def test_what_cannot_be_planned_is_named(layout, tokens, load, message):
 
 
 def test_only_what_the_formulas_cover_is_planned():
+    with pytest.raises(ValueError, match="one process is planned in float32 without checkpointing"):
+        plan(TINY, Layout(1), 32, checkpointing=True)
+    with pytest.raises(ValueError, match="float16 must be"):
+        plan(TINY, Layout(2), 32, dtype=torch.float16)
     grouped = dataclasses.replace(TINY, moe=TINY.moe.replace(backend="grouped"))
     with pytest.raises(ValueError, match="backend='loop'"):
         plan(grouped, Layout(1), 32)

@@ -56,10 +56,13 @@ class Watch:
     def watching(self) -> Iterator[None]:
         """Around a forward."""
         hooks = [module.register_forward_pre_hook(self._see) for module in self.model.modules()]
+        random_state = torch.get_rng_state
+        torch.get_rng_state = lambda: self._keep(random_state())  # by which a checkpoint keeps it, unseen by autograd
         try:
             with torch.autograd.graph.saved_tensors_hooks(self._keep, lambda tensor: tensor):
                 yield
         finally:
+            torch.get_rng_state = random_state
             for hook in hooks:
                 hook.remove()
 
@@ -84,18 +87,18 @@ def loss_of(model: nn.Module, bytes_BL: Tensor, part: MeshShard | None = None) -
     """Mean cross-entropy of the next bytes; `part`: this rank's part of it, at its positions."""
     if part is not None:
         return part.cross_entropy(model(part.cut(bytes_BL[:, :-1]), part), bytes_BL[:, 1:])
-    return F.cross_entropy(model(bytes_BL[:, :-1]).flatten(0, 1), bytes_BL[:, 1:].flatten())
+    return F.cross_entropy(model(bytes_BL[:, :-1]).flatten(0, 1).float(), bytes_BL[:, 1:].flatten())
 
 
-def measure(model: MoELM, text_BL: Tensor, ep: int | None, sp: int = 1) -> Held:
+def measure(model: MoELM, text_BL: Tensor, ep: int | None, sp: int = 1, **options: Any) -> Held:
     """Two steps of this rank on its share of `text_BL` (B, max_length + 1); ep None is one process, without a mesh.
 
-    Over `sp` a share is of some positions only. The terms are of the second step, at a learning rate of 0, so that it
-    routes as the model given does; the peak is of all that one allocates, on top of weights and moments: of `PEAKS`
-    steps the least, since gloo's threads now and then free a buffer late, which adds to a step up to 15 % that it does
-    not need.
+    Over `sp` a share is of some positions only. `options`: `dtype` and `checkpointing` of `shard_moe`. The terms are of
+    the second step, at a learning rate of 0, so that it routes as the model given does; the peak is of all that one
+    allocates, gradients too, on top of weights and moments: of `PEAKS` steps the least, since gloo's threads now and
+    then free a buffer late, which adds to a step up to 15 % that it does not need.
     """
-    model, text_BL, part = _spread(model, text_BL, ep, sp)
+    model, text_BL, part = _spread(model, text_BL, ep, sp, **options)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, foreach=False)
     loss_of(model, text_BL, part).backward()
     optimizer.step()
@@ -142,12 +145,14 @@ def watch_steps(model: MoELM, text_SBL: Tensor, ep: int, sp: int = 1) -> list[Ca
     return steps
 
 
-def _spread(model: MoELM, text_BL: Tensor, ep: int | None, sp: int) -> tuple[MoELM, Tensor, MeshShard | None]:
+def _spread(
+    model: MoELM, text_BL: Tensor, ep: int | None, sp: int, **options: Any
+) -> tuple[MoELM, Tensor, MeshShard | None]:
     """A copy of the model on the mesh of all ranks, this rank's sequences, and which positions of them are its own."""
     model, part = copy.deepcopy(model).train(), None
     if ep is not None:
         mesh = make_mesh(ep, sp)
-        shard_moe(model, mesh)
+        shard_moe(model, mesh, **options)
         share = mesh.get_local_rank("dp") * ep + mesh.get_local_rank("ep")
         text_BL = text_BL.chunk(dist.get_world_size() // sp, dim=-2)[share]
         part = MeshShard.of(mesh["sp"], text_BL.shape[-2], text_BL.shape[-1] - 1) if sp > 1 else None
@@ -183,6 +188,7 @@ def _peak(model: MoELM, text_BL: Tensor, part: MeshShard | None) -> int:
     """The most bytes that a forward and backward hold at once, as PyTorch's allocator saw them."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         loss_of(model, text_BL, part).backward()
+        model.zero_grad()
     events = sorted(
         (event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"),
         key=lambda event: event.start_ns(),

@@ -15,6 +15,7 @@ from moe_lab.study.planner import Layout, plan
 from tests.test_lm import TINY
 
 CONFIG = dataclasses.replace(TINY, max_length=64, moe=TINY.moe.replace(dim=64, hidden_dim=16, num_experts=8))
+HEAVY = dataclasses.replace(CONFIG, max_length=32, moe=CONFIG.moe.replace(num_experts=32, hidden_dim=64))
 UNEVEN = dataclasses.replace(CONFIG, max_length=63)
 BATCH, STEPS = 8, 100
 
@@ -37,11 +38,11 @@ def trace():
     return other_trace(model_of(CONFIG))
 
 
-def check_each_rank(held, layout, config=CONFIG):
+def check_each_rank(held, layout, config=CONFIG, **options):
     """At the rows that came to it, what depends on them to the byte, and the peak within 10 %."""
     tokens = BATCH * layout.sp // layout.ranks * layout.positions(config)
     for rank in held:
-        came = plan(config, layout, tokens, [rows / (tokens * config.moe.top_k) for rows in rank.rows])
+        came = plan(config, layout, tokens, [rows / (tokens * config.moe.top_k) for rows in rank.rows], **options)
         for name in ("activations", "receive", "gathered"):
             assert rank.terms[name] == getattr(came, name), name
         assert rank.peak == pytest.approx(came.peak, rel=0.1)
@@ -62,6 +63,13 @@ def test_one_process(trace):
     check_fullest(memory(model, Layout(1), steps, trace))
 
 
+def test_gradients_count_where_they_outweigh_activations():
+    held = measure(model_of(HEAVY), drawn_steps(HEAVY)[0][:1], None)
+    planned = plan(HEAVY, Layout(1), HEAVY.max_length)
+    assert held.terms["activations"] == planned.activations
+    assert held.peak == pytest.approx(planned.peak, rel=0.01)  # without processes nothing is freed late
+
+
 def test_two_ranks(trace):
     model, steps = model_of(CONFIG), drawn_steps(CONFIG)
     with RankPool(2, backend="gloo") as pool:
@@ -78,6 +86,34 @@ def test_four_ranks(four, trace, ep, sp):
     check_each_rank(four.run(measure, model, steps[0], ep, sp), Layout(4, ep, sp))
     if (ep, sp) in {(4, 1), (2, 2), (1, 1)}:  # seconds each
         check_fullest(memory(model, Layout(4, ep, sp), steps, trace, four))
+
+
+@pytest.mark.parametrize(
+    ("ep", "sp", "config", "options"),
+    [
+        (2, 1, CONFIG, {"dtype": torch.bfloat16}),
+        (1, 4, UNEVEN, {"dtype": torch.bfloat16}),
+        (4, 1, CONFIG, {"checkpointing": True}),
+        (1, 2, CONFIG, {"checkpointing": True}),
+        (1, 1, HEAVY, {"dtype": torch.bfloat16, "checkpointing": True}),
+        (2, 2, CONFIG, {"dtype": torch.bfloat16, "checkpointing": True}),
+    ],
+)
+def test_bfloat16_and_recompute(four, ep, sp, config, options):
+    """Shards of weights, their gradients and moments are float32 in bfloat16 too."""
+    held = four.run(measure, model_of(config), drawn_steps(config)[0], ep, sp, **options)
+    layout = Layout(4, ep, sp)
+    full = held[: 1 if config is UNEVEN else 4]  # the last has padding for a position
+    check_each_rank(full, layout, config, **options)
+    planned = plan(config, layout, layout.positions(config) * BATCH, **options)
+    for name in ("parameters", "gradients", "optimizer"):
+        assert max(rank.terms[name] for rank in held) == getattr(planned, name), name
+
+
+def test_without_shared_experts_bfloat16_keeps_no_norm_for_them(four):
+    config = dataclasses.replace(CONFIG, moe=CONFIG.moe.replace(num_shared_experts=0))
+    held = four.run(measure, model_of(config), drawn_steps(config)[0], 2, dtype=torch.bfloat16)
+    check_each_rank(held, Layout(4, 2), config, dtype=torch.bfloat16)
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ from functools import cache
 from html import escape
 
 import ipywidgets as widgets
+import torch
 from matplotlib.figure import Figure
 
 from moe_lab import data
@@ -20,6 +21,7 @@ from moe_lab.view.theme import INK, MORE, MUTED, SERIES
 
 GIB = 2**30
 TRACE = "p99.9 of the trace"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 LOADS = {"mean": 1.0, "1.25 x mean": 1.25, "1.5 x mean": 1.5, "2 x mean": 2.0}
 TERMS = ("parameters", "gradients", "optimizer", "activations", "receive", "gathered")
 MODELS = {
@@ -37,9 +39,11 @@ opened = cache(data.open)
 
 
 @cache
-def at_the_tail(source: str, config: LMConfig, layout: Layout, tokens: int) -> Footprint:
+def at_the_tail(
+    source: str, config: LMConfig, layout: Layout, tokens: int, dtype: torch.dtype, checkpointing: bool
+) -> Footprint:
     """Beforehand, from a shipped trace."""
-    return beforehand(config, layout, tokens, opened(source))
+    return beforehand(config, layout, tokens, opened(source), dtype=dtype, checkpointing=checkpointing)
 
 
 class PlannerPanel(Panel):
@@ -54,9 +58,12 @@ class PlannerPanel(Panel):
         self.sp = control(widgets.SelectionSlider, "sp", "160px", options=powers[:5])
         self.sequences = control(widgets.SelectionSlider, "sequences a rank", "230px", options=powers[:8], value=4)
         self.load = control(widgets.Dropdown, "fullest rank", "240px", options=[TRACE, *LOADS])
+        self.precision = control(widgets.Dropdown, "precision", "170px", options=list(DTYPES))
+        self.recompute = control(widgets.Checkbox, "recompute", "100px", indent=False)
         self.limit = control(widgets.BoundedFloatText, "GiB a rank", "140px", min=0.01, max=1024, value=2.0)
         self.layout_image, self.token_image = (widgets.Image(format="png") for _ in range(2))
-        controls = [self.model, self.ranks, self.ep, self.sp, self.sequences, self.load, self.limit]
+        controls = [self.model, self.ranks, self.ep, self.sp, self.sequences, self.load]
+        controls += [self.precision, self.recompute, self.limit]
         super().__init__([controls], [self.layout_image, self.token_image])
         self.offer_files("plan")
         self.watch(controls, self.refresh)
@@ -66,9 +73,11 @@ class PlannerPanel(Panel):
         """Of the controls, but for these. `ValueError` for what cannot be."""
         config, layout = MODELS[self.model.value], Layout(self.ranks.value, ep, self.sp.value)
         tokens = sequences * layout.positions(config)
+        dtype, checkpointing = DTYPES[self.precision.value], self.recompute.value
         if self.load.value != TRACE:
-            return plan(config, layout, tokens, min(LOADS[self.load.value], float(ep)))
-        return at_the_tail(self._source, config, layout, tokens)
+            load = min(LOADS[self.load.value], float(ep))
+            return plan(config, layout, tokens, load, dtype=dtype, checkpointing=checkpointing)
+        return at_the_tail(self._source, config, layout, tokens, dtype, checkpointing)
 
     def _update(self) -> None:
         self.shown = self.footprint(self.ep.value, self.sequences.value)
@@ -136,18 +145,20 @@ class PlannerPanel(Panel):
         """The plan, term by term, and whether it fits."""
         config, layout = MODELS[self.model.value], Layout(self.ranks.value, self.ep.value, self.sp.value)
         cut = f", sp {layout.sp}" if layout.sp > 1 else ""
+        how = self.precision.value + (" · recompute" if self.recompute.value else "")
         fits = "fits" if self.shown.peak <= self.limit.value * GIB else "does not fit"
         rows = [[name, f"{size / GIB:.3f}"] for name, size in self.shown._asdict().items()]
         return (
             f"{self.model.value} · {layout.ranks} ranks, EP {layout.ep}{cut} · "
-            f"{self.sequences.value} x {layout.positions(config):,} tokens a rank · {self.load.value} · float32 · "
-            f"{fits} in {self.limit.value:g} GiB\n" + table([["", "GiB"], *rows])
+            f"{self.sequences.value} x {layout.positions(config):,} tokens a rank · {self.load.value} · "
+            f"{how} · {fits} in {self.limit.value:g} GiB\n" + table([["", "GiB"], *rows])
         )
 
     def csv(self) -> str:
-        """Bytes by term."""
-        lines = [f"{name},{size}" for name, size in self.shown._asdict().items()]
-        return "\n".join(["term,bytes", *lines]) + "\n"
+        """Bytes by term, in what precision and whether blocks run again."""
+        how = f"{self.precision.value},{self.recompute.value}"
+        lines = [f"{name},{size},{how}" for name, size in self.shown._asdict().items()]
+        return "\n".join(["term,bytes,precision,recompute", *lines]) + "\n"
 
     def png(self) -> bytes:
         """The pictures side by side."""
