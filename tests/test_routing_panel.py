@@ -253,7 +253,7 @@ def test_without_logits_only_what_was_recorded_can_be_shown():
 def test_the_smallest_traces_can_be_shown(tokens, experts, top_k):
     panel = RoutingPanel(synthetic_trace(tokens=tokens, experts=experts, top_k=top_k, layers=1))
     assert panel.error == ""
-    assert f"{tokens} tokens x 1 window" in panel.text()
+    assert f"{tokens} token{'s' * (tokens > 1)} x 1 window" in panel.text()
     panel.window_slider.value = panel.window_slider.min
     panel.top_k.value = 1
     assert panel.error == ""
