@@ -37,7 +37,7 @@ from moe_lab.jobs.evaluate import as_tensor
 from moe_lab.jobs.memory import measure, watch_steps
 from moe_lab.jobs.train import Losses, TrainConfig, Trainer, train
 from moe_lab.jobs.train_distributed import DistributedTrainer
-from moe_lab.models.lm import SMALL, MoELM, rotary_table
+from moe_lab.models.lm import SMALL, LMConfig, MoELM, rotary_table
 from moe_lab.parallel.ranks import RankPool
 from moe_lab.parallel.sequence import SequenceShard, gather_all
 from moe_lab.parallel.virtual import VirtualRanks
@@ -248,11 +248,7 @@ def memory(
     trace of other text. `pool`: ranks of the layout; None is one process.
     """
     tokens = text_SBL.shape[1] * layout.sp // layout.ranks * layout.positions(model.config)
-
-    def planned(rows: Sequence[int]) -> dict[str, int]:
-        loads = [n / (tokens * model.config.moe.top_k) for n in rows]
-        return plan(model.config, layout, tokens, loads)._asdict()
-
+    planned = partial(at_these_rows, model.config, layout, tokens)
     fullest_BL, most = text_SBL[0], None
     if pool and layout.ep > 1:  # without, a rank has the rows of all its tokens in every step
         came_SR = list(zip(*pool.run(watch_steps, model, text_SBL, layout.ep, layout.sp)))
@@ -260,18 +256,26 @@ def memory(
         fullest_BL = text_SBL[totals.index(max(totals))]
         most = max((came for ranks in came_SR for came in ranks), key=lambda came: came.receive)
     held = pool.run(measure, model, fullest_BL, layout.ep, layout.sp) if pool else [measure(model, fullest_BL, None)]
-    counted = _largest([rank.terms | {"peak": rank.peak} for rank in held])
-    at_these_rows = _largest([planned(rank.rows) for rank in held])
+    counted = largest([rank.terms | {"peak": rank.peak} for rank in held])
+    came = largest([planned(rank.rows) for rank in held])
     if most:
-        counted["receive"], at_these_rows["receive"] = most.receive, planned(most.rows)["receive"]
+        counted["receive"], came["receive"] = most.receive, planned(most.rows)["receive"]
     return {
         "counted": counted,
-        "planned": at_these_rows,
+        "planned": came,
         "beforehand": beforehand(model.config, layout, tokens, trace)._asdict(),
     }
 
 
-def _largest(ranks: Sequence[dict[str, int]]) -> dict[str, int]:
+def at_these_rows(
+    config: LMConfig, layout: Layout, tokens: int, rows_L: Sequence[int], **options: Any
+) -> dict[str, int]:
+    """The plan of a rank with so many rows in each layer."""
+    return plan(config, layout, tokens, [rows / (tokens * config.moe.top_k) for rows in rows_L], **options)._asdict()
+
+
+def largest(ranks: Sequence[dict[str, int]]) -> dict[str, int]:
+    """Of every term that of the rank that has most of it."""
     return {name: max(rank[name] for rank in ranks) for name in ranks[0]}
 
 

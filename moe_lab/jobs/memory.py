@@ -149,9 +149,9 @@ def _spread(
     model: MoELM, text_BL: Tensor, ep: int | None, sp: int, **options: Any
 ) -> tuple[MoELM, Tensor, MeshShard | None]:
     """A copy of the model on the mesh of all ranks, this rank's sequences, and which positions of them are its own."""
-    model, part = copy.deepcopy(model).train(), None
+    model, part = copy.deepcopy(model).to(text_BL.device).train(), None
     if ep is not None:
-        mesh = make_mesh(ep, sp)
+        mesh = make_mesh(ep, sp, device=text_BL.device.type)
         shard_moe(model, mesh, **options)
         share = mesh.get_local_rank("dp") * ep + mesh.get_local_rank("ep")
         text_BL = text_BL.chunk(dist.get_world_size() // sp, dim=-2)[share]
@@ -186,11 +186,21 @@ def _receiving(model: MoELM) -> Iterator[tuple[list[int], list[int]]]:
 
 def _peak(model: MoELM, text_BL: Tensor, part: MeshShard | None) -> int:
     """The most bytes that a forward and backward hold at once, as PyTorch's allocator saw them."""
+    if text_BL.is_cuda:
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        _step(model, text_BL, part)
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        loss_of(model, text_BL, part).backward()
-        model.zero_grad()
+        _step(model, text_BL, part)
     events = sorted(
         (event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"),
         key=lambda event: event.start_ns(),
     )
     return max(accumulate(event.nbytes() for event in events))
+
+
+def _step(model: MoELM, text_BL: Tensor, part: MeshShard | None) -> None:
+    loss_of(model, text_BL, part).backward()
+    model.zero_grad()
