@@ -1,6 +1,6 @@
 """Planned beside counted on two GPUs: a training step of the shipped model, by layout, precision and recompute.
 
-    python -m moe_lab.jobs.memory_table docs/results/h100x2_memory.json
+    python -m moe_lab.jobs.memory_table docs/results/h200x2_memory.json
 
 Formulas are of gloo on a CPU. Here NCCL sums without a second buffer, attention is another kernel, and the most at once
 is what CUDA's allocator reports.

@@ -7,7 +7,9 @@ equal share of it, or of unequal shares where each loss is its sum times the ran
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Iterator
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -123,6 +125,7 @@ def shard_moe(
     for moe in moe_layers(model):
         check_layout(moe.config, dp, ep)
     low = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=None if dtype is None else torch.float32)
+    inside = dataclasses.replace(low, cast_forward_inputs=False)  # tables of positions and masks stay as they are
     exact = MixedPrecisionPolicy(cast_forward_inputs=False)
     for unit in list(_units(model)):
         moe = unit if isinstance(unit, MoE) else next(m for m in unit.children() if isinstance(m, MoE))
@@ -140,7 +143,8 @@ def shard_moe(
         if checkpointing:
             checkpoint(unit)
         if unit is not model:
-            fully_shard(unit, mesh=everyone, mp_policy=low)
+            unit.register_forward_pre_hook(partial(_round_hidden, dtype))
+            fully_shard(unit, mesh=everyone, mp_policy=inside)
     fully_shard(model, mesh=everyone, mp_policy=low)
     experts_of_all: list[nn.Module] = [moe.experts for moe in moe_layers(model)]
     for module in model.modules():
@@ -152,6 +156,10 @@ def shard_moe(
             if fixed_order:
                 module.set_custom_reduce_scatter(OrderedReduceScatter())  # type: ignore[arg-type]
     return model
+
+
+def _round_hidden(dtype: torch.dtype | None, unit: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (args[0].to(dtype), *args[1:]) if dtype is not None and args else args
 
 
 def moe_layers(model: nn.Module) -> list[MoE]:

@@ -208,17 +208,15 @@ class Step:
     def activations(self, rows_L: Sequence[int]) -> int:
         """Bytes kept from forward to backward, with so many rows in each layer.
 
-        Beside its blocks the model keeps its last norm, log-probabilities, input bytes and targets, and one number of
-        the loss; over sp also which of the logits are of real positions, twice; and, where blocks do not keep a copy
-        each, the rotary table. The targets of one whole sequence lie among its inputs.
+        Beside its blocks the model keeps its last norm, log-probabilities, rotary table, input bytes and targets, and
+        one number of the loss; over sp also which of the logits are of real positions, twice. The targets of one whole
+        sequence lie among its inputs.
         """
         tokens = self.tokens
         ends = self._norm() + self.size * tokens * self.config.moe.dim + FLOAT * (tokens * VOCAB + 1)
         sequences = tokens // self.config.max_length
         ends += INT * (4 * tokens if self.layout.sp > 1 else min(sequences, 2) * tokens + sequences)
-        if not self.low:
-            ends += FLOAT * self._rotary()
-        return ends + self._kept(rows_L)
+        return ends + FLOAT * self._rotary() + self._kept(rows_L)
 
     def _kept(self, rows_L: Sequence[int]) -> int:
         """Bytes that blocks keep."""
@@ -227,9 +225,8 @@ class Step:
         return sum(self.block_activations(rows) for rows in rows_L)
 
     def checkpoint(self) -> int:
-        """Bytes that a block keeps to run again: its input, a state of random numbers, in bfloat16 its rotary table."""
-        rotary = self._rotary() if self.low else 0
-        return self.size * (self.tokens * self.config.moe.dim + rotary) + GENERATOR
+        """Bytes that a block keeps to run again: its input and a state of random numbers."""
+        return self.size * self.tokens * self.config.moe.dim + GENERATOR
 
     def block_activations(self, rows: int) -> int:
         """Bytes that one block keeps, or has there again.
@@ -240,9 +237,8 @@ class Step:
         gates T * K. And 3 integers an assignment. Over sp keys and values of whole sequences are kept in place of the
         rotated k, what each position may look at, and 4 integers a token that say which are real.
 
-        In bfloat16 also copies in float32 of q and k, of the rotary table for each, and of the router's input. Then q,
-        k and v themselves are kept for v alone, which over sp is among those of whole sequences; and the second norm's
-        output only for shared experts.
+        In bfloat16 also copies in float32 of q and k and of the router's input. Then q, k and v themselves are kept for
+        v alone, which over sp is among those of whole sequences; and the second norm's output only for shared experts.
         """
         moe, tokens, spread = self.config.moe, self.tokens, self.layout.sp > 1
         per_token = 2 * moe.dim  # outputs of the norms
@@ -251,7 +247,7 @@ class Step:
         wide = tokens * (3 * self.config.num_heads + moe.num_experts + moe.top_k)
         if self.low:
             per_token -= (3 * moe.dim if spread else 0) + (0 if moe.num_shared_experts else moe.dim)
-            wide += tokens * 3 * moe.dim + 2 * self._rotary()
+            wide += tokens * 3 * moe.dim
         numbers = tokens * per_token + rows * (moe.dim + 4 * moe.hidden_dim)
         numbers += self._gathered_positions() if spread else 0
         integers = 3 * tokens * moe.top_k + (4 * tokens if spread else 0)
@@ -334,7 +330,7 @@ class Step:
             moving = size * copies * 2 * layout.sp * stream
             stages["attention"] = self._norm() + heads + 2 * size * dense + summed + moving
 
-        always = INT * tokens + (0 if self.low else FLOAT * self._rotary()) + size * (VOCAB * moe.dim + stream)
+        always = INT * tokens + FLOAT * self._rotary() + size * (VOCAB * moe.dim + stream)
         always += self._kept(rows_L if self.checkpointing else rows_L[:-1])
         always += done * (summed + FLOAT * dense // layout.ranks)
         return {name: always + there for name, there in stages.items()}

@@ -118,11 +118,12 @@ def groups_after_each(config: LMConfig, ep, sp):
 
 
 def weights_in_use(config: LMConfig, ep, rounded):
-    """Dtypes of a gate's and of a dense weight while the model runs."""
+    """Dtypes of a gate's and of a dense weight while the model runs, of a block's hidden states and rotary table."""
     model = shard_moe(build(config), make_mesh(ep), dtype=rounded)
     gate, dense, seen = model.blocks[0].moe.router.gate, model.blocks[0].attention.qkv, []
     router = model.blocks[0].moe.router
     router.register_forward_pre_hook(lambda *args: seen.extend([gate.weight.dtype, dense.weight.dtype]))  # once whole
+    model.blocks[1].attention.register_forward_pre_hook(lambda _, args: seen.extend(given.dtype for given in args[:2]))
     model(batch(config)[:, :-1])
     return seen
 

@@ -115,8 +115,9 @@ def test_models_on_one_mesh_share_its_groups(pool, ep, sp):
         assert later == [first, first]
 
 
-def test_gates_are_not_rounded(pool):
-    assert pool.run(jobs.weights_in_use, TINY, 2, torch.bfloat16) == [[torch.float32, torch.bfloat16]] * 4
+def test_gates_and_tables_of_positions_are_not_rounded(pool):
+    exact, rounded = torch.float32, torch.bfloat16
+    assert pool.run(jobs.weights_in_use, TINY, 2, rounded) == [[exact, rounded, rounded, exact]] * 4
 
 
 def test_replicated_nowhere_and_uneven_rows_are_whole(pool):
