@@ -130,6 +130,13 @@ def test_bfloat16_by_hand():
     assert both.activations == kept_at_ends + 2 * (2 * 64 * 16 + 5056)
 
 
+@pytest.mark.parametrize(("dtype", "copies"), [(torch.float32, 2), (torch.bfloat16, 3)])
+def test_combine_is_undone_in_float32(dtype, copies):
+    """Two products of 128 outputs of D 16, and the outputs themselves where they are in fewer bits."""
+    stages = Step(TINY, Layout(2, 2), 64, dtype).in_block([160, 160])
+    assert stages["combine"] - stages["gather"] == 4 * copies * 128 * 16
+
+
 def test_each_layer_may_have_a_load_of_its_own():
     even, uneven = plan(TINY, Layout(2, 2), 64, [1.0, 1.0]), plan(TINY, Layout(2, 2), 64, [0.5, 1.5])
     assert even == plan(TINY, Layout(2, 2), 64)

@@ -59,6 +59,15 @@ def test_a_trace_is_played_through_ranks():
     assert "straggler" in repr(load)
 
 
+def test_padding_is_on_no_rank():
+    whole = synthetic_trace(tokens=1000, layers=2, experts=8, top_k=2)
+    padded = whole.unchecked(valid_T=torch.arange(1000) % 5 > 0)
+    rows = [count(ids_TK[padded.valid_T].long(), 8).view(4, 2).sum(dim=1) for ids_TK in whole.expert_ids_LTK]
+    load = rank_load(padded, 4, 200, shuffle=False)  # all 800 real tokens
+    assert (load.windows, load.rows_mean) == (1, 800 * 2 / 4)
+    assert load.straggler == pytest.approx(sum(float(layer.max() / layer.double().mean()) for layer in rows) / 2)
+
+
 def uniform_trace(tokens, experts, top_k, layers, seed):
     draw = torch.Generator().manual_seed(seed)
     logits = [torch.randn(tokens, experts, generator=draw) for _ in range(layers)]

@@ -6,7 +6,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from moe_lab import MoE, fastpaths
-from moe_lab.models.lm import LMConfig, MoELM
+from moe_lab.models.lm import LMConfig, MoELM, rotary_table
 from moe_lab.parallel.ordered import OrderedReduceScatter, reduce_scatter
 from moe_lab.parallel.sequence import MeshShard
 from moe_lab.parallel.sharding import (
@@ -126,6 +126,25 @@ def weights_in_use(config: LMConfig, ep, rounded):
     model.blocks[1].attention.register_forward_pre_hook(lambda _, args: seen.extend(given.dtype for given in args[:2]))
     model(batch(config)[:, :-1])
     return seen
+
+
+class Widened(torch.nn.Module):
+    """Hands a unit hidden states in float32, whatever it is given."""
+
+    def __init__(self, unit):
+        super().__init__()
+        self.unit = unit
+
+    def forward(self, x_BLD, rotary):
+        return self.unit(x_BLD.float(), rotary)
+
+
+def hidden_in_float32(config: LMConfig, rounded):
+    """The dtype in which a block answers to them."""
+    model = shard_moe(Widened(build(config).blocks[0]), make_mesh(2), dtype=rounded)
+    width = config.moe.dim
+    rotary = rotary_table(4, width // config.num_heads, torch.device("cpu"))
+    return model(torch.randn(2, 4, width), rotary).dtype
 
 
 def without_sequences(config: LMConfig, ep):

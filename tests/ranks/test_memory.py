@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from moe_lab.jobs.layouts import memory, other_trace
+from moe_lab.jobs.layouts import at_these_rows, memory, other_trace
 from moe_lab.jobs.memory import measure, watch_steps
 from moe_lab.models.lm import MoELM
 from moe_lab.parallel import RankPool
@@ -132,6 +132,19 @@ def test_what_comes_is_counted_step_by_step(four):
         assert [came_S[step].receive for came_S in came_RS] == (4 * 64 * rows_RL.amax(1)).tolist()
     first = four.run(measure, model_of(CONFIG), steps[0], 4)
     assert [rank.rows for rank in first] == [came_S[0].rows for came_S in came_RS]
+
+
+def test_the_fullest_of_all_steps_is_counted(four, trace):
+    """Here the last, where rows received for one layer are most in another."""
+    model, steps, layout = model_of(CONFIG), drawn_steps(CONFIG)[15:19], Layout(4, 4)
+    tokens = BATCH * CONFIG.max_length // 4
+    came = [step for came_S in four.run(watch_steps, model, steps, 4) for step in came_S]
+    planned = [at_these_rows(CONFIG, layout, tokens, step.rows)["activations"] for step in came]
+    received = [max(step.receive for step in came[n::4]) for n in range(4)]
+    assert (planned.index(max(planned)) % 4, received.index(max(received))) == (3, 1)
+    found = memory(model, layout, steps, trace, four)
+    assert found["counted"]["activations"] == max(planned)
+    assert found["counted"]["receive"] == found["planned"]["receive"] == max(received)
 
 
 @pytest.mark.parametrize("ep", [1, 4])

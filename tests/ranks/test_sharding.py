@@ -120,6 +120,10 @@ def test_gates_and_tables_of_positions_are_not_rounded(pool):
     assert pool.run(jobs.weights_in_use, TINY, 2, rounded) == [[exact, rounded, rounded, exact]] * 4
 
 
+def test_hidden_states_are_rounded_where_they_come_in(pool):
+    assert pool.run(jobs.hidden_in_float32, TINY, torch.bfloat16) == [torch.bfloat16] * 4
+
+
 def test_replicated_nowhere_and_uneven_rows_are_whole(pool):
     """More ranks than experts, and a dimension that does not divide: some ranks hold nothing, the sum is the same."""
     few = config(2, hidden_dim=6)
