@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ from moe_lab.jobs.contests import Contest
 from moe_lab.jobs.peers import Arm
 from moe_lab.study import timing
 from moe_lab.study.breakdown import breakdown
-from moe_lab.study.measurements import DIRECTIONS, Measurement, measured
+from moe_lab.study.measurements import DIRECTIONS, Measurement, Measurements, measured
 
 MAX_COPY = 2**30
 Runs = list[list[float]]
@@ -142,3 +143,16 @@ def _memory(arm: Arm, contest: Contest, direction: str, mode: str) -> dict[str, 
     for weight in arm.weights:
         weight.grad = None
     return {"saved": memory.saved, "peak": memory.peak - sum(weight.nbytes for weight in arm.weights)}
+
+
+def collect(groups: Iterable[Iterable[Measurement]], facts: dict[str, str | int], path: Path | None) -> Measurements:
+    """All rows as a table, saved at `path`; an interrupt saves those measured so far."""
+    rows: list[Measurement] = []
+    try:
+        for group in groups:
+            rows += group
+    finally:
+        table = Measurements(facts, tuple(rows))
+        if path:
+            table.save(path)
+    return table

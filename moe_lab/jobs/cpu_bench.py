@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from moe_lab.config import check_choice
 from moe_lab.jobs.bench_inputs import SKEW, Inputs, dense_bound, layer_config, make_inputs
-from moe_lab.jobs.bench_run import Settings, fields_of, timed
+from moe_lab.jobs.bench_run import Settings, collect, fields_of, timed
 from moe_lab.jobs.contests import FIELDS, hold
 from moe_lab.jobs.options import new_file
 from moe_lab.jobs.peers import ours
@@ -155,15 +155,9 @@ def main(argv: list[str] | None = None) -> int:
         print(text(load(args.show)))
         return 0
     facts: dict[str, str | int] = timing.environment(CPU) | {"rounds": args.rounds}
-    rows: list[Measurement] = []
-    try:
-        for dtype, layer in tqdm([(dtype, layer) for dtype in DTYPES for layer in LAYERS]):
-            rows += rows_of(layer, dtype, args.rounds)
-    finally:
-        table = Measurements(facts, tuple(rows))
-        if args.json:
-            table.save(args.json)
-    print(text(table))
+    cases = tqdm([(dtype, layer) for dtype in DTYPES for layer in LAYERS])
+    groups = (rows_of(layer, dtype, args.rounds) for dtype, layer in cases)
+    print(text(collect(groups, facts, args.json)))
     return 0
 
 

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from moe_lab.config import check_int
 from moe_lab.jobs.bench import checked_device
 from moe_lab.jobs.bench_inputs import SKEW, layer_config, make_inputs
-from moe_lab.jobs.bench_run import Settings, fields_of, timed
+from moe_lab.jobs.bench_run import Settings, collect, fields_of, timed
 from moe_lab.jobs.contests import hold
 from moe_lab.jobs.options import new_file
 from moe_lab.study import timing
@@ -84,15 +84,9 @@ def main(argv: list[str] | None = None) -> int:
     device = checked_device(args.device)
     check_int("rounds", args.rounds, 1)
     facts: dict[str, str | int] = timing.environment(device) | {"dtype": args.dtype, "rounds": args.rounds}
-    rows: list[Measurement] = []
-    try:
-        for layer, tokens in tqdm([(layer, tokens) for layer in LAYERS for tokens in TOKENS]):
-            rows += rows_of(layer, tokens, device, args.dtype, args.rounds)
-    finally:
-        table = Measurements(facts, tuple(rows))
-        if args.json:
-            table.save(args.json)
-    print(text(table))
+    cases = tqdm([(layer, tokens) for layer in LAYERS for tokens in TOKENS])
+    groups = (rows_of(layer, tokens, device, args.dtype, args.rounds) for layer, tokens in cases)
+    print(text(collect(groups, facts, args.json)))
     return 0
 
 
